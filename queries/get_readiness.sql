@@ -1,0 +1,2 @@
+-- Answers when the database does.
+SELECT max(version) AS version FROM schema_version

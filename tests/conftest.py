@@ -1,0 +1,235 @@
+"""The cast and the stage: a real PostgreSQL, the real service on a real port, Alice, Bob, programs."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+import uvicorn
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from pytest_postgresql import factories
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import app
+
+SECRET = "a secret that is only good for tests, 32 bytes or more"
+DEADLINE = 15  # seconds that nothing in a test may wait longer than
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[SimpleNamespace]:
+    """PostgreSQL: the one TEST_DATABASE_URL names, or the service's own embedded one."""
+    with contextlib.ExitStack() as stack:
+        url = os.environ.get("TEST_DATABASE_URL")
+        if not url:
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bellhop-")))
+            url = stack.enter_context(app.embedded_postgres(home))
+        parts = conninfo_to_dict(url)
+        with psycopg.connect(url, autocommit=True) as connection:
+            if not os.environ.get("TEST_DATABASE_URL"):  # throw-away data need not be on the disk
+                connection.execute("ALTER SYSTEM SET fsync = off")
+                connection.execute("SELECT pg_reload_conf()")
+        yield SimpleNamespace(
+            host=parts["host"], port=int(parts.get("port", 5432)), user=parts.get("user", "postgres"),
+            password=parts.get("password"), options="", maintenance_dbname="postgres", template_dbname=None,
+        )  # fmt: skip
+
+
+def load_schema(**parts: Any) -> None:
+    """Fill the template that every test's database is copied from."""
+    parts = {name: value for name, value in parts.items() if value}
+    with psycopg.connect(make_conninfo(**parts)) as connection:
+        connection.execute((app.HERE / "schema.sql").read_bytes())
+
+
+postgresql_proc = factories.postgresql_noproc(depends_on="cluster", dbname="bellhop", load=[load_schema])
+postgresql = factories.postgresql("postgresql_proc")
+
+
+@pytest.fixture
+def database(postgresql: psycopg.Connection) -> str:
+    """The conninfo of this test's own database."""
+    info = postgresql.info
+    parts = {"host": info.host, "port": info.port, "user": info.user, "dbname": info.dbname}
+    return make_conninfo(**parts, password=info.password) if info.password else make_conninfo(**parts)
+
+
+@pytest.fixture
+def sql(postgresql: psycopg.Connection) -> Callable[..., list[tuple[Any, ...]]]:
+    """Run a statement in this test's database and give its rows."""
+    postgresql.autocommit = True
+
+    def run(statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        cursor = postgresql.execute(statement, parameters or None)
+        return cursor.fetchall() if cursor.description else []
+
+    return run
+
+
+class Running:
+    """A service that runs in a thread of its own, on a port of its own."""
+
+    def __init__(self, settings: app.Settings) -> None:
+        self.settings, self.loop = settings, None
+        self.listener = app.listen(settings)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        if settings.base_url.endswith(":0"):
+            self.settings = app.msgspec.structs.replace(settings, base_url=self.url)
+        self.database = settings.database_url
+        self.app = app.create_app(self.settings)
+        self.service = self.app.state.service
+        config = uvicorn.Config(self.app, log_level="warning", access_log=False, proxy_headers=False, ws="none")
+        self.ready = threading.Event()
+        self.server = app.Server(config, self.service, lambda url: self.ready.set())
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        while not self.ready.wait(0.02):
+            assert self.thread.is_alive(), "the service did not start"
+
+    def run(self) -> None:
+        with asyncio.Runner(loop_factory=self.make_loop) as runner:
+            runner.run(self.main())
+
+    async def main(self) -> None:
+        await app.prepare(self.settings)
+        await self.server._serve(sockets=[self.listener])
+
+    def make_loop(self) -> asyncio.AbstractEventLoop:
+        self.loop = asyncio.new_event_loop()
+        return self.loop
+
+    def call(self, coroutine: Any) -> Any:
+        """Run a coroutine in the service's loop and give its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(DEADLINE)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(DEADLINE)
+        assert not self.thread.is_alive(), "the service did not stop"
+        self.listener.close()
+
+
+@pytest.fixture
+def serve(database: str, tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Start a service with settings of the test's choice; several may share the database."""
+    running: list[Running] = []
+
+    def start(**settings: Any) -> Running:
+        environ = {
+            "DATABASE_URL": database, "BELLHOP_HOME": str(tmp_path), "BELLHOP_SECRET": SECRET, "BELLHOP_PORT": "0",
+            "BELLHOP_POOL_SIZE": "4",
+        }  # fmt: skip
+        environ |= {f"BELLHOP_{name.upper()}": str(value) for name, value in settings.items()}
+        running.append(Running(app.load_settings(environ)))
+        return running[-1]
+
+    yield start
+    for service in running:
+        service.stop()
+
+
+@pytest.fixture
+def service(serve: Callable[..., Running]) -> Running:
+    """The service as it is with default settings."""
+    return serve()
+
+
+@pytest.fixture
+def make_key(sql: Callable[..., Any]) -> Callable[[str], str]:
+    """A new API key of a scope."""
+
+    def make(scope: str) -> str:
+        key = f"bh_{scope}-{os.urandom(8).hex()}"
+        digest = hashlib.sha256(key.encode()).digest()
+        sql("INSERT INTO api_keys (name, scope, hash) VALUES (%s, %s, %s)", scope, scope, digest)
+        return key
+
+    return make
+
+
+@pytest.fixture
+def client() -> Iterator[Callable[..., httpx.Client]]:
+    """HTTP clients that are closed at the end; `proof` is a bearer token or an API key."""
+    clients: list[httpx.Client] = []
+
+    def make(url: str, proof: str | None = None, **headers: str) -> httpx.Client:
+        if proof:
+            headers["Authorization"] = f"Bearer {proof}"
+        clients.append(httpx.Client(base_url=url, headers=headers, timeout=DEADLINE, trust_env=False))
+        return clients[-1]
+
+    yield make
+    for one in clients:
+        one.close()
+
+
+def user_token(user_id: str) -> str:
+    return app.make_token(SECRET, user_id, app.timedelta(minutes=10))
+
+
+@pytest.fixture
+def api(service: Running, client: Callable[..., httpx.Client], make_key: Callable[[str], str]) -> httpx.Client:
+    """A program with an admin key."""
+    return client(service.url, make_key("admin"))
+
+
+@pytest.fixture
+def sender(service: Running, client: Callable[..., httpx.Client], make_key: Callable[[str], str]) -> httpx.Client:
+    """A program with a send key."""
+    return client(service.url, make_key("send"))
+
+
+@pytest.fixture
+def alice(service: Running, client: Callable[..., httpx.Client]) -> httpx.Client:
+    return client(service.url, user_token("alice"))
+
+
+@pytest.fixture
+def bob(service: Running, client: Callable[..., httpx.Client]) -> httpx.Client:
+    return client(service.url, user_token("bob"))
+
+
+@pytest.fixture
+def post(api: httpx.Client) -> Callable[..., dict[str, Any]]:
+    """Send a notification to a user and give it back."""
+
+    def send(user_id: str = "alice", **fields: Any) -> dict[str, Any]:
+        body = {"user_id": user_id, "event_name": "comment.created", "title": "A comment", "body": "Inside"} | fields
+        reply = api.post("/api/notifications", json=body)
+        assert reply.status_code in (200, 201), reply.text
+        return reply.json()["notification"]
+
+    return send
+
+
+@pytest.fixture
+def sign_in(service: Running) -> Callable[..., str]:
+    """The value of a session cookie for a user."""
+
+    def session(user_id: str, admin: bool = False) -> str:
+        gate = service.service.gate
+        claims = {"admin": True} if admin else {}
+        return gate.start_session(app.make_token(gate.link_key, user_id, app.timedelta(minutes=5), **claims))
+
+    return session
+
+
+def eventually(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
+    """Wait until the condition holds and give its value; it must hold in the end."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.02)
+    return value
