@@ -10,8 +10,11 @@ Contents
 12 Operations · 13 Embedded PostgreSQL · 14 Wiring · 15 Command line
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
+import base64
 import collections
 import contextlib
 import ctypes
@@ -31,6 +34,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -39,42 +43,64 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from email import message_from_bytes
+from email.message import EmailMessage
+from email.policy import SMTP as SMTP_POLICY
+from email.utils import mktime_tz, parseaddr, parsedate_tz
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 from uuid import UUID
 
+import aiohttp
+import aiosmtplib
 import jinja2
 import jwt
 import msgspec
+import prometheus_client
 import psycopg
 import uvicorn
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+from jwt.utils import base64url_decode, base64url_encode
 from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post, put
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import Cookie, State
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException, ValidationException
-from litestar.handlers import BaseRouteHandler
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig, ResponseSpec
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter, QueryParameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from psycopg.conninfo import make_conninfo
-from psycopg.rows import args_row
+from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from yarl import URL
 
 VERSION = "0.1.0"
 SCHEMA_VERSION = 1
 HERE = Path(__file__).resolve().parent
 T = TypeVar("T")
+Pool = AsyncConnectionPool[Any]
 log = logging.getLogger("bellhop")
+WORDS: dict[str, dict[str, str]] = {
+    path.stem: msgspec.json.decode(path.read_bytes()) for path in (HERE / "templates").glob("words/*.json")
+}
 
 # ═══ 1 · Settings ═════════════════════════════════════════════════════════════════════════════
 # Everything comes from the environment, is checked once at the start and never changes afterwards.
@@ -245,9 +271,9 @@ def load_public_key(pem: str) -> tuple[Any, str]:
         key = None
     if isinstance(key, RSAPublicKey):
         return key, "RS256"
-    if isinstance(key, EllipticCurvePublicKey):
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
         return key, "ES256"
-    raise StartError("BELLHOP_JWT_PUBLIC_KEY is wrong: a PEM public key, RSA or EC, is expected")
+    raise StartError("BELLHOP_JWT_PUBLIC_KEY is wrong: a PEM public key, RSA or EC P-256, is expected")
 
 
 def keep_secret(settings: Settings) -> Settings:
@@ -256,7 +282,6 @@ def keep_secret(settings: Settings) -> Settings:
         return settings
     path = Path(settings.home) / "secret"
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             create_private(path, secrets.token_urlsafe(48))
         return msgspec.structs.replace(settings, secret=path.read_text())
@@ -266,6 +291,7 @@ def keep_secret(settings: Settings) -> Settings:
 
 def create_private(path: Path, text: str) -> None:
     """Write a file that only its owner reads, whole or not at all; FileExistsError if it is there."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
@@ -288,6 +314,9 @@ PathUser = Annotated[str, PathParameter(min_length=1, max_length=200)]
 EventName = Annotated[str, Meta(min_length=1, max_length=120)]
 Key = Annotated[str, Meta(min_length=1, max_length=255)]
 Severity = Literal["info", "success", "warning", "critical"]
+Channel = Literal["email", "push", "webhook"]
+Status = Literal["queued", "sent", "failed", "suppressed", "cancelled"]
+HttpUrl = Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+(?:[/?][^\s\\]*)?\Z")]
 # No user info, no backslash, no white space or control character; a path has one leading slash.
 TargetUrl = Annotated[
     str,
@@ -456,162 +485,31 @@ class KeyCreate(Struct, forbid_unknown_fields=True):
     scope: Literal["send", "admin"] = "send"
 
 
-class ApiKey(Struct):
-    """A program that may call."""
+class WebhookCreate(Struct, forbid_unknown_fields=True, kw_only=True):
+    """An endpoint that is told; with user_id only about that user."""
 
-    id: UUID
-    name: str
-    scope: str
-    created_at: datetime
-    last_used_at: datetime | None
-
-
-class Notification(Struct, kw_only=True):
-    """One thing one user was told; read_at alone says whether it was read."""
-
-    id: UUID
-    user_id: str
-    event_name: str
-    title: str
-    body: str
-    summary: str | None
-    target_url: str | None
-    severity: Severity
-    data: dict[str, Any]
-    idempotency_key: str | None
-    batch_key: str | None
-    subject_key: str | None
-    read_at: datetime | None
-    archived_at: datetime | None
-    created_at: datetime
-    updated_at: datetime
-    inserted: bool | UnsetType = UNSET
+    url: HttpUrl
+    events: Annotated[list[EventName], Meta(min_length=1, max_length=100)] = msgspec.field(
+        default_factory=lambda: ["*"]
+    )
+    min_severity: Severity = "warning"
+    user_id: UserId | None = None
 
 
-class Delivery(Struct, kw_only=True):
-    """What became of a notification on one channel and target."""
+class WebhookPatch(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Changes to an endpoint; absent fields stay."""
 
-    channel: Literal["email", "push", "webhook"]
-    target: UUID | None | UnsetType = UNSET
-    status: Literal["queued", "sent", "failed", "suppressed", "cancelled"]
-    reason: Literal["below_severity", "preference_off", "no_address", "unsubscribed", "already_read"] | None
-    attempts: int | UnsetType = UNSET
-    available_at: datetime | None
-    sent_at: datetime | None | UnsetType = UNSET
-    last_error: str | None | UnsetType = UNSET
-    redacted: bool
+    url: HttpUrl | UnsetType = UNSET
+    events: Annotated[list[EventName], Meta(min_length=1, max_length=100)] | UnsetType = UNSET
+    min_severity: Severity | UnsetType = UNSET
+    user_id: UserId | None | UnsetType = UNSET
+    enabled: bool | UnsetType = UNSET
 
 
-class Listing(Struct):
-    """One page of an inbox."""
+class RetryRequest(Struct, forbid_unknown_fields=True):
+    """Which failed deliveries to try again."""
 
-    notifications: list[Notification]
-    unread_count: int
-    next_cursor: UUID | None
-
-
-class Shown(Struct):
-    """A notification and its deliveries."""
-
-    notification: Notification | None
-    deliveries: list[Delivery]
-
-
-class Changed(Struct):
-    """A notification after a change, and what is still unread."""
-
-    notification: Notification
-    unread_count: int
-
-
-class MarkedAll(Struct):
-    """How many were marked read, and what is still unread."""
-
-    updated: int
-    unread_count: int
-
-
-class Unread(Struct):
-    """What the badge shows; newest_id is for the live stream."""
-
-    unread_count: int
-    newest_id: UUID | None | UnsetType = UNSET
-
-
-class Preferences(Struct):
-    """A user's choices, defaults filled in."""
-
-    in_app_enabled: bool
-    email_enabled: bool
-    push_enabled: bool
-    digest_minutes: int
-    min_severity: Severity
-    quiet_from: str | None
-    quiet_to: str | None
-    timezone: str
-    locale: str
-    events: dict[str, Switches]
-
-
-class Chosen(Struct):
-    """A user's choices."""
-
-    preferences: Preferences
-
-
-class OutboxMessage(Struct):
-    """A message that has not left yet."""
-
-    id: UUID
-    channel: Literal["email", "push", "webhook"]
-    batch_key: str | None
-    items: int
-    available_at: datetime
-    status: Literal["open", "pending", "sending"]
-
-
-class Outbox(Struct):
-    """What is still to leave, the next one first."""
-
-    outbox: list[OutboxMessage]
-
-
-class UserToken(Struct):
-    """Proof that its bearer is the user."""
-
-    token: str
-    expires_at: datetime
-
-
-class NewKey(Struct):
-    """A key, and its secret for the only time."""
-
-    key: ApiKey
-    secret: str
-
-
-class ShortResult(Struct):
-    """What became of one of many; no id when the user switched in-app off."""
-
-    user_id: str
-    id: UUID | None
-    inserted: bool
-
-
-class Results(Struct):
-    """One for each, in the order of the request."""
-
-    results: list[ShortResult]
-
-
-class Contact(Struct):
-    """How a user is reached, and the user's choices."""
-
-    user_id: str
-    email: str | None
-    timezone: str
-    locale: str
-    preferences: Preferences
+    channel: Channel | None = None
 
 
 class Result(NamedTuple):
@@ -621,6 +519,7 @@ class Result(NamedTuple):
     id: UUID | None
     inserted: bool
     answer: Raw
+    leaves: bool
 
 
 class Item(NotificationCreate, kw_only=True):
@@ -640,7 +539,54 @@ def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = 
     if key is None and asked.resource_id is not None:
         key = f"{user_id}:{asked.event_name}:{asked.resource_id}"
     fields = msgspec.structs.asdict(asked) | {"user_id": user_id, "idempotency_key": key}
-    return Item(**fields | {"user_ids": None, "deliver_at": None, "id": new_id()})
+    redacted = not asked.private and looks_secret(asked.summary or asked.title)
+    return Item(**fields | {"user_ids": None, "deliver_at": None, "id": new_id(), "redacted": redacted})
+
+
+class Line(Struct):
+    """One notification as the outside may see it; no text: it is private."""
+
+    id: UUID
+    text: str | None
+    event_name: str
+    severity: str
+    created_at: datetime
+
+
+class Outgoing(Struct):
+    """One claimed message, with at most ten lines of its items."""
+
+    user_id: str
+    id: UUID
+    claim_seq: int
+    channel: str
+    provider: str
+    locale: str
+    attempts: int
+    created_at: datetime
+    address: dict[str, Any]
+    total: int
+    newest_id: UUID
+    event_name: str | None  # of a single one
+    lines: list[Line]
+
+    @classmethod
+    def of_row(cls, *columns: Any) -> "Outgoing":
+        """A row of claim_messages.sql."""
+        message = cls(*columns)
+        message.address = msgspec.json.decode(cast("Any", message.address))
+        message.lines = msgspec.json.decode(cast("Any", message.lines), type=list[Line])
+        message.event_name = message.event_name if message.total == 1 else None
+        return message
+
+
+class Outcome(Struct):
+    """How one attempt ended. sent; retry: may work later; refused: three attempts; dead: never;
+    bounced: dead address; gone: the target ended; fault: the provider itself fails."""
+
+    verdict: Literal["sent", "retry", "refused", "dead", "bounced", "gone", "fault"]
+    error: str = ""  # the provider's words, for admins only
+    retry_after: float | None = None
 
 
 def new_id() -> UUID:
@@ -651,7 +597,7 @@ def new_id() -> UUID:
     return UUID(int=milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | random)
 
 
-def as_is(value: Any) -> Any:
+def as_value(value: Any) -> Any:
     """A row of one column as its value."""
     return value
 
@@ -662,65 +608,58 @@ def as_row(*values: Any) -> tuple[Any, ...]:
 
 
 # ═══ 3 · Queries ══════════════════════════════════════════════════════════════════════════════
-# One statement a file. Db has four verbs, and refuses parameters a query does not know.
+# One statement a file; its columns are the fields of the answer. Db refuses unknown parameters.
 
-# Nobody waits longer than this for the database: a hung one is answered like one that is away.
-PATIENCE = 2.5
+PATIENCE = 2.5  # seconds; a database that hangs is answered like one that is away
 NO_TARGET = UUID(int=0)
 set_json_loads(lambda data: Raw(bytes(data)))
 
 
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """One statement of queries/, its parameters, and whether it changes an inbox."""
 
-    name: str
     text: bytes
     parameters: frozenset[str]
     changes_inbox: bool
 
 
-def load_queries(folder: Path) -> dict[str, Query]:
-    """Every queries/*.sql by name."""
-    queries = {}
-    for path in sorted(folder.glob("*.sql")):
-        text = path.read_text()
-        names = frozenset(re.findall(r"%\((\w+)\)s", text))
-        queries[path.stem] = Query(path.stem, text.encode(), names, "-- changes: inbox" in text)
-    return queries
+def load_query(path: Path) -> Query:
+    text = path.read_text()
+    return Query(text.encode(), frozenset(re.findall(r"%\((\w+)\)s", text)), "-- changes: inbox" in text)
 
 
-QUERIES = load_queries(HERE / "queries")
+QUERIES = {path.stem: load_query(path) for path in (HERE / "queries").glob("*.sql")}
 
 
 class Db:
-    """The statements of queries/ on a pool; a missing row is NotFound, a slow answer a TimeoutError."""
+    """The statements of queries/ on a pool. A parameter that is bound fills in where it is known."""
 
-    def __init__(
-        self, pool: AsyncConnectionPool[Any], changed: Callable[[str], None], patience: float, **bound: Any
-    ) -> None:
+    def __init__(self, pool: Pool, changed: Callable[[str], None], patience: float, **bound: Any) -> None:
         self.pool, self.changed, self.patience, self.bound = pool, changed, patience, bound
 
     def bind(self, **bound: Any) -> "Db":
-        """The same with parameters filled in wherever a query knows them."""
         return Db(self.pool, self.changed, self.patience, **self.bound, **bound)
 
-    async def one(self, name: str, kind: Callable[..., T], /, **parameters: Any) -> T:
+    async def one(self, name: str, kind: Callable[..., Any] | None = None, /, **parameters: Any) -> Any:
         """The only row; without one the answer is 404."""
-        row = await self.maybe(name, kind, **parameters)
-        if row is None:
+        if (row := await self.maybe(name, kind, **parameters)) is None:
             raise Problem("not_found")
         return row
 
-    async def maybe(self, name: str, kind: Callable[..., T], /, **parameters: Any) -> T | None:
+    async def maybe(self, name: str, kind: Callable[..., Any] | None = None, /, **parameters: Any) -> Any:
         """The first row, if there is one."""
-        rows = await self.many(name, kind, **parameters)
-        return rows[0] if rows else None
+        return next(iter(await self.many(name, kind, **parameters)), None)
 
-    async def many(self, name: str, kind: Callable[..., T], /, **parameters: Any) -> list[T]:
-        """All rows, each made by kind(*columns)."""
+    async def run(self, name: str, /, **parameters: Any) -> int:
+        """How many rows the statement touched."""
+        return (await self.many(name, int, **parameters))[0]
+
+    async def many(
+        self, name: str, kind: Callable[..., Any] | None = None, /, **parameters: Any
+    ) -> list[Any]:
+        """All rows: dicts, or what kind makes of their columns."""
         query = QUERIES[name]
-        parameters = {key: self.bound[key] for key in self.bound.keys() & query.parameters} | parameters
+        parameters = {key: self.bound[key] for key in query.parameters & self.bound.keys()} | parameters
         if query.parameters != parameters.keys():
             raise TypeError(f"{name} takes {sorted(query.parameters)}, given {sorted(parameters)}")
         async with asyncio.timeout(self.patience):
@@ -730,20 +669,20 @@ class Db:
             self.changed(parameters["user_id"])
         return rows
 
-    async def run(self, name: str, /, **parameters: Any) -> int:
-        """How many rows the statement touched."""
-        return (await self.many(name, int, **parameters))[0]
-
     async def fetch(
-        self, query: Query, kind: Callable[..., T], parameters: dict[str, Any], rollback: bool = False
-    ) -> list[T]:
+        self,
+        query: Query,
+        kind: Callable[..., Any] | None,
+        parameters: dict[str, Any],
+        rollback: bool = False,
+    ) -> list[Any]:
         """Run one statement on a connection of the pool; with rollback, as if it had not been."""
         async with self.pool.connection() as connection, contextlib.AsyncExitStack() as stack:
             if rollback:
                 await stack.enter_async_context(connection.transaction(force_rollback=True))
-            cursor = connection.cursor(row_factory=args_row(kind))
+            cursor = connection.cursor(row_factory=args_row(kind) if kind else dict_row)
             await cursor.execute(query.text, parameters)
-            return await cursor.fetchall() if cursor.description else [kind(cursor.rowcount)]
+            return await cursor.fetchall() if cursor.description else [(kind or dict)(cursor.rowcount)]
 
 
 # ═══ 4 · Errors ═══════════════════════════════════════════════════════════════════════════════
@@ -855,7 +794,7 @@ def database_problem(error: psycopg.Error) -> Problem:
         return Problem("invalid", f"{field}: {wanted}", field)
     if state == "22023":
         return Problem("invalid", f"timezone: {WANTED['timezone']}", "timezone")
-    if state.startswith("22"):
+    if state.startswith("22") or isinstance(error, psycopg.DataError):
         return Problem("invalid", "A value is out of range or holds a character that cannot be stored")
     if state[:2] in ("08", "40", "53", "55", "57") or isinstance(error, psycopg.OperationalError):
         return Problem("database_away", headers={"Retry-After": "2"})
@@ -928,7 +867,7 @@ class Gatekeeper:
                 raise Problem("unauthorized")
             return await self.by_key(proof) if proof.startswith("bh_") else self.by_token(proof)
         if self.settings.demo and (demo := headers.get("x-demo-user-id")):
-            return Caller("demo", user_name(demo))
+            return Caller("demo", user_name(demo.encode("latin-1")))
         if user := self.proxied_user(request):
             refuse_other_sites(request, self.settings.base_url, strict=False)
             return Caller("user", user, admin=user in self.settings.admins)
@@ -958,7 +897,7 @@ class Gatekeeper:
         """The claims of a valid user token; the algorithm decides the key, never the other way."""
         with contextlib.suppress(jwt.PyJWTError):
             if jwt.get_unverified_header(token).get("alg") == "HS256":
-                return decode_token(token, self.settings.secret, "HS256")
+                return decode_token(token, self.settings.secret, "HS256") | {"provider": False}
         if self.provider_key is None:
             raise Problem("unauthorized")
         audience = self.settings.jwt_audience or None
@@ -990,16 +929,16 @@ class Gatekeeper:
         address = ipaddress.ip_address(client[0])
         if not any(address in network for network in self.settings.proxy_addresses):
             return ""
-        return user_name(request.headers[name])
+        return user_name(request.headers[name].encode("latin-1"))
 
 
-def user_name(text: str) -> str:
-    """A user id from a header or a token, within its bounds."""
+def user_name(given: str | bytes) -> str:
+    """A user id from a token, or from the bytes of a header, within its bounds."""
     with contextlib.suppress(UnicodeError):
-        text = text.encode("latin-1").decode() if not text.isascii() and text.isprintable() else text
-    if not 1 <= len(text) <= 200 or "\0" in text:
-        raise Problem("unauthorized")
-    return text
+        name = (given.encode() if isinstance(given, str) else given).decode()
+        if 1 <= len(name) <= 200 and "\0" not in name:
+            return name
+    raise Problem("unauthorized")
 
 
 def make_token(key: str | bytes, user_id: str, life: timedelta, **claims: Any) -> str:
@@ -1070,6 +1009,7 @@ class Intake:
         self.db, self.limits, self.stored = db, limits, stored
         self.waiting: collections.deque[tuple[list[Item], asyncio.Future[list[Result]]]] = collections.deque()
         self.arrived = asyncio.Event()
+        self.turn = asyncio.Lock()  # two statements that open digests at once could deadlock
 
     async def create(self, items: list[Item]) -> list[Result]:
         """Store items, all or none, and give one result each; returns after COMMIT."""
@@ -1106,11 +1046,9 @@ class Intake:
     async def store(self, requests: list[tuple[list[Item], asyncio.Future[list[Result]]]]) -> None:
         """One statement for all; if it fails for one item's sake, each request by itself."""
         try:
-            rows = await self.db.many(
-                "create_notifications",
-                Result,
-                **self.parameters([item for items, _ in requests for item in items]),
-            )
+            items = [item for wanted, _ in requests for item in wanted]
+            async with self.turn:
+                rows = await self.db.many("create_notifications", Result, **self.parameters(items))
         except Exception as error:
             if len(requests) > 1 and as_problem(error).code != "database_away":
                 for request in requests:
@@ -1120,6 +1058,7 @@ class Intake:
                 if not done.done():
                     done.set_exception(error)
             return
+        METRICS.batch.observe(len(rows))
         self.stored(rows)
         start = 0
         for items, done in requests:
@@ -1130,6 +1069,531 @@ class Intake:
     def parameters(self, items: list[Item]) -> dict[str, Any]:
         """The statement's parameters."""
         return {"items": msgspec.json.encode(items).decode(), "limits": self.limits}
+
+
+# ═══ 7 · Channels ═════════════════════════════════════════════════════════════════════════════
+# Three ways out; each ends in a verdict, tells nobody outside a body, and reaches no address inside.
+
+EcKey = ec.EllipticCurvePrivateKey
+Way = Callable[["Outbound", Outgoing], Awaitable[Outcome]]
+MAIL_FAULTS = (aiosmtplib.SMTPException, OSError)
+MAIL_ADDRESS = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}")
+MAIL_IDLE = 30  # seconds; servers hang up after a minute or more: be gone before they are
+MAIL_POLICY = SMTP_POLICY.clone(max_line_length=998, cte_type="7bit")  # folding breaks List-Unsubscribe
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST6 = ipaddress.ip_network("2000::/3")  # all of IPv6 that is handed out; Python calls more of it global
+HTTP_HEADERS = {"User-Agent": "Bellhop", "Accept-Encoding": "identity"}  # no bombs
+PUSH_HEADERS = {"Content-Encoding": "aes128gcm", "Content-Type": "application/octet-stream", "TTL": "86400"}
+URGENCY = {"critical": "high", "warning": "normal", "success": "low", "info": "low"}
+VAPID_SECONDS = 21_600  # a token is used for one such period and good for two; more than 24 h is refused
+
+SECRET = re.compile((HERE / "templates/secrets.txt").read_text(), re.VERBOSE | re.ASCII)
+SECRET_HINT = re.compile(r"[!-~]{16}")  # every shape in there has such a run: most titles end here
+# Digit groups that do not go on from a word, an IBAN, a phone number, a path, a fraction or a UUID.
+DIGIT_RUN = re.compile(r"\d(?<![\w+/.]\d)(?<!\d[\s-]\d)(?<![\da-fA-F]{4}-\d)(?:[\s-]?\d){12,}(?!\w)")
+CARD = re.compile(r"4\d{12}(\d{3}){0,2}|(5[1-5]|2[2-7]|35)\d{14}|3[47]\d{13}|3[0689]\d{12}|6[0245]\d{14,17}")
+
+
+def looks_secret(text: str) -> bool:
+    """Whether the text holds a key, a token or a card number and must therefore stay inside."""
+    if "-----BEGIN " in text or (SECRET_HINT.search(text) and SECRET.search(text)):
+        return True
+    return any(map(_holds_card, DIGIT_RUN.findall(text)))
+
+
+def _holds_card(run: str) -> bool:
+    """A card number may stand between other digits (expiry, code): try every row of up to six groups."""
+    groups = re.split(r"[\s-]", run)
+    rows = ("".join(groups[at : at + count]) for at in range(len(groups)) for count in range(1, 7))
+    return any(CARD.fullmatch(row) and _luhn(row) for row in rows)
+
+
+def _luhn(digits: str) -> bool:
+    """Whether the last digit checks the others, as on every card."""
+    doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
+    return (sum(map(int, digits[-1::-2])) + doubled) % 10 == 0
+
+
+def one_line(text: str) -> str:
+    """The text without what could end a header, or hide or turn round what stands beside it."""
+    return UNPRINTABLE.sub(" ", text).strip()
+
+
+def sign_unsubscribe(secret: str, user_id: str, event_name: str | None) -> str:
+    """The token of an unsubscribe link; it never expires, because old mails are read too."""
+    return jwt.encode({"sub": user_id, "event": event_name}, derive(secret, "unsubscribe"), "HS256")
+
+
+def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
+    """Whom and which event the token names; None when it was not signed here."""
+    with contextlib.suppress(jwt.InvalidTokenError):
+        claims = jwt.decode(token, derive(secret, "unsubscribe"), ["HS256"])
+        return claims["sub"], claims["event"]
+    return None
+
+
+def smtp_arguments(url: str) -> dict[str, Any]:
+    """What `aiosmtplib.SMTP` wants to know of smtp[s]://user:pass@host:port?starttls=required|off."""
+    parts = urlsplit(url)
+    secure, modes = parts.scheme == "smtps", {"": None, "starttls=required": True, "starttls=off": False}
+    if parts.scheme not in ("smtp", "smtps") or not parts.hostname or parts.query not in modes:
+        raise ValueError("expected smtp://[user:pass@]host[:port][?starttls=required|off] or smtps://…")
+    user, password = (unquote(part or "") or None for part in (parts.username, parts.password))
+    server = {"hostname": parts.hostname, "port": parts.port or (465 if secure else 587), "use_tls": secure}
+    return server | {"start_tls": not secure and modes[parts.query], "username": user, "password": password}
+
+
+def smtp_outcome(error: Exception, connecting: bool) -> Outcome:
+    """Whose failure it is: the server's, the address's, the message's, or only this moment's."""
+    code, verdict = getattr(error, "code", 0), "retry"
+    if connecting and (not 400 <= code < 500 or isinstance(error, aiosmtplib.SMTPAuthenticationError)):
+        verdict = "fault"
+    elif 500 <= code < 600:
+        verdict = "bounced" if isinstance(error, aiosmtplib.SMTPRecipientRefused) else "dead"
+    words = one_line(str(getattr(error, "message", error)))
+    return Outcome(verdict, f"{code or type(error).__name__} {words}"[:200])
+
+
+def load_vapid(settings: Settings) -> EcKey:
+    """The key that signs pushes: the setting's (PEM, or 32 bytes in base64url) or the one kept at home."""
+    given, path = settings.vapid_private_key, Path(settings.home) / "vapid.pem"
+    if given and "-----BEGIN" not in given:
+        return ec.derive_private_key(int.from_bytes(base64url_decode(given.strip())), ec.SECP256R1())
+    if not given:
+        key = ec.generate_private_key(ec.SECP256R1())
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        with contextlib.suppress(FileExistsError):
+            create_private(path, pem.decode())
+    key = load_pem_private_key(given.encode() if given else path.read_bytes(), None)
+    if not isinstance(key, EcKey) or key.curve.name != "secp256r1":
+        raise ValueError("the VAPID key is not a P-256 private key")
+    return key
+
+
+def point(key: EcKey) -> bytes:
+    """The public half, as browsers and push services know it."""
+    return key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+
+
+@functools.lru_cache(1_000)  # push origins are whatever users say: never an endless table of them
+def vapid_header(key: EcKey, subject: str, origin: str, period: int) -> str:
+    """RFC 8292; no space after the comma, because some push services refuse it."""
+    claims = {"aud": origin, "sub": subject, "exp": (period + 2) * VAPID_SECONDS}
+    return f"vapid t={jwt.encode(claims, key, 'ES256')},k={base64url_encode(point(key)).decode()}"
+
+
+def seal_push(text: bytes, p256dh: bytes, auth: bytes, salt: bytes = b"", key: EcKey | None = None) -> bytes:
+    """RFC 8291, one record; ValueError when the keys are no subscription's. Only tests give salt and key."""
+    if len(p256dh) != 65 or len(auth) != 16:
+        raise ValueError("a subscription has a point of 65 bytes and a secret of 16")
+    reader = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), p256dh)
+    salt, key = salt or os.urandom(16), key or ec.generate_private_key(ec.SECP256R1())
+    info = b"WebPush: info\0" + p256dh + point(key)
+    shared = HKDF(hashes.SHA256(), 32, auth, info).derive(key.exchange(ec.ECDH(), reader))
+    cipher = AESGCM(HKDF(hashes.SHA256(), 16, salt, b"Content-Encoding: aes128gcm\0").derive(shared))
+    nonce = HKDF(hashes.SHA256(), 12, salt, b"Content-Encoding: nonce\0").derive(shared)
+    return salt + b"\0\0\x10\0\x41" + point(key) + cipher.encrypt(nonce, text + b"\x02", None)
+
+
+def innermost(address: Any) -> Any:
+    """The address inside a mapped, NAT64, 6to4 or Teredo one: the place a packet ends at."""
+    if address.version == 4:
+        return address
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or (address.teredo or [None, None])[1] or address
+
+
+def guarded_socket(allow: list[Any], plain: bool, info: Any) -> socket.socket:
+    """A socket for the very address about to be connected to, which no second DNS answer can change."""
+    address = innermost(ipaddress.ip_address(info[4][0]))
+    public = address.is_global and not address.is_multicast and (address.version == 4 or address in UNICAST6)
+    if not any(address in network for network in allow) and (plain or not public):
+        raise PermissionError("the address is not public, or it is and http:// is not allowed there")
+    return socket.socket(info[0], info[1], info[2])
+
+
+def retry_after(value: str) -> float | None:
+    """Seconds from a Retry-After header, a number or a date; at most a day."""
+    moment = parsedate_tz(value)
+    seconds = float(value) if value.isdecimal() else moment and mktime_tz(moment) - time.time()
+    return None if seconds is None else min(max(seconds, 0.0), 86_400.0)
+
+
+def bounded(send: Way) -> Way:
+    """A try ends within the channel timeout, and a mistake in it costs one message one attempt."""
+
+    async def attempt(self: Outbound, message: Outgoing) -> Outcome:
+        try:
+            async with asyncio.timeout(self.seconds):
+                return await send(self, message)
+        except TimeoutError:
+            return Outcome("retry", "timed out")
+        except Exception as error:  # its words may hold an address, so only its name is logged
+            log.error("message %s: %s", message.id, type(error).__name__)
+            return Outcome("retry", type(error).__name__)
+
+    return attempt
+
+
+def seal(secret: str, text: bytes) -> bytes:
+    """Encrypt a webhook's signing key for the database."""
+    nonce = os.urandom(12)
+    return nonce + AESGCM(derive(secret, "webhook")).encrypt(nonce, text, None)
+
+
+def unseal(secret: str, sealed: str) -> bytes:
+    """A webhook's signing key as the database gives it, in base64."""
+    raw = base64.b64decode(sealed)
+    return AESGCM(derive(secret, "webhook")).decrypt(raw[:12], raw[12:], None)
+
+
+class Outbound:
+    """The three ways out, and what they keep between two messages."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.base = settings, settings.base_url
+        self.seconds = float(settings.channel_timeout_seconds)
+        loader = jinja2.FileSystemLoader(HERE / "templates/messages")
+        self.templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
+        self.smtp = smtp_arguments(settings.smtp_url) if settings.smtp_url else None
+        self.sender = parseaddr(settings.mail_from or "")[1]
+        self.domain = self.sender.rpartition("@")[2]
+        self.idle: dict[aiosmtplib.SMTP, asyncio.TimerHandle] = {}
+        self.vapid = load_vapid(settings)
+        self.public_key = base64url_encode(point(self.vapid)).decode()
+        self.sessions: dict[str, aiohttp.ClientSession] = {}
+
+    async def open(self) -> None:
+        """One session for each scheme, because the guard of a socket does not see which one it is for."""
+        self.tls = ssl.create_default_context()
+        timeout, jar = aiohttp.ClientTimeout(connect=self.seconds * 0.4), aiohttp.DummyCookieJar()
+        options = {"headers": HTTP_HEADERS, "auto_decompress": False, "trust_env": False}
+        for scheme in ("http", "https"):
+            guard = functools.partial(guarded_socket, self.settings.outbound_allow, scheme == "http")
+            connector = aiohttp.TCPConnector(socket_factory=guard, limit=0, limit_per_host=8)
+            session = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=jar, **options)
+            self.sessions[scheme] = session
+
+    async def close(self) -> None:
+        for client in list(self.idle):
+            self._hang_up(client)
+        for session in self.sessions.values():
+            await session.close()
+        await asyncio.sleep(0)  # a closed transport is gone only after one more turn of the loop
+
+    def _texts(self, message: Outgoing) -> tuple[dict[str, str], list[str], str]:
+        """The words of the reader's language, what each line says in it, and what stands for them all."""
+        words = WORDS.get(re.split("[-_]", message.locale.lower())[0], WORDS["en"])
+        texts = [one_line(line.text or "") or words["message.private"] for line in message.lines]
+        title = words["message.digest"].format(count=message.total) if message.total > 1 else texts[0]
+        return words, texts, title
+
+    def compose(self, message: Outgoing) -> bytes:
+        """The mail, read again as its reader will: ValueError when a header was added or is missing."""
+        words, texts, subject = self._texts(message)
+        kind = "single" if message.total == 1 else "digest"
+        token = sign_unsubscribe(self.settings.secret, message.user_id, message.event_name)
+        unsubscribe = f"{self.base}/unsubscribe/{token}"
+        mail = EmailMessage(policy=MAIL_POLICY)
+        mail["Subject"] = subject.replace("=?", "= ?")  # Python would decode it, newlines included
+        mail["From"] = self.settings.mail_from
+        mail["To"] = message.address["email"]
+        mail["Date"] = message.created_at
+        mail["Message-ID"] = f"<{message.id}@{self.domain}>"
+        mail["Auto-Submitted"] = "auto-generated"
+        mail["List-Unsubscribe"] = f"<{unsubscribe}>"
+        mail["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
+        known = {"words": words, "texts": texts, "base": self.base, "unsubscribe": unsubscribe}
+        known |= {"message": message, "subject": subject}
+        mail.set_content(self.templates.get_template(f"{kind}.txt").render(known))
+        mail.add_alternative(self.templates.get_template(f"{kind}.html").render(known), subtype="html")
+        raw = mail.as_bytes()
+        if message_from_bytes(raw).keys() != mail.keys():
+            raise ValueError("a text of this message changes the headers of its mail")
+        return raw
+
+    @bounded
+    async def send_email(self, message: Outgoing) -> Outcome:
+        """Its connection serves the next mail only when all went well."""
+        address, client = message.address["email"], None
+        if not MAIL_ADDRESS.fullmatch(address):
+            return Outcome("bounced", "not an e-mail address")
+        try:
+            raw = self.compose(message)
+            client = await self._connect()
+            await client.mail(self.sender)
+            await client.rcpt(address)
+            await client.data(raw, timeout=self.seconds)
+            self.idle[client] = asyncio.get_running_loop().call_later(MAIL_IDLE, self._hang_up, client)
+            return Outcome("sent")
+        except MAIL_FAULTS as error:
+            return smtp_outcome(error, connecting=client is None)
+        except ValueError as error:
+            return Outcome("dead", str(error)[:200])
+        finally:
+            if client and client not in self.idle:
+                client.close()
+
+    async def _connect(self) -> aiosmtplib.SMTP:
+        """An idle connection that still answers, or a new one: a stale one shows before anything is sent."""
+        if not self.smtp:
+            raise ConnectionError("no mail server is set")
+        wait = self.seconds * 0.4
+        while self.idle:
+            client, timer = self.idle.popitem()
+            timer.cancel()
+            try:
+                await client.rset(timeout=wait / 2)
+                return client
+            except MAIL_FAULTS:
+                client.close()
+        client = aiosmtplib.SMTP(**self.smtp, timeout=wait, tls_context=self.tls, local_hostname=self.domain)
+        async with asyncio.timeout(wait):
+            await client.connect()
+        return client
+
+    def _hang_up(self, client: aiosmtplib.SMTP) -> None:
+        self.idle.pop(client).cancel()
+        client.close()
+
+    @bounded
+    async def send_push(self, message: Outgoing) -> Outcome:
+        """One item as itself; several as "N notifications", which replaces the one shown before it."""
+        severity, address, topic = message.lines[0].severity, message.address, message.id.hex
+        newest_id = message.newest_id
+        shown = {"id": newest_id, "title": self._texts(message)[2], "severity": severity}
+        shown |= {"url": f"{self.base}/n/{newest_id}", "tag": newest_id}
+        if message.total > 1:
+            shown |= {"url": f"{self.base}/", "tag": "bellhop"}
+            topic = derive(self.settings.secret, f"overflow of {message.user_id}").hex()[:32]
+        try:
+            keys = base64url_decode(address["p256dh"]), base64url_decode(address["auth"])
+            body = seal_push(msgspec.json.encode(shown), *keys)
+            origin = str(URL(address["endpoint"]).origin())
+        except ValueError:
+            return Outcome("gone", "the keys or the endpoint of the subscription are unusable")
+        period = int(time.time() // VAPID_SECONDS)
+        vapid = vapid_header(self.vapid, self.settings.vapid_subject or self.base, origin, period)
+        headers = {"Authorization": vapid, "Topic": topic, "Urgency": URGENCY[severity], **PUSH_HEADERS}
+        return await self._post(address["endpoint"], body, headers, {404: "gone", 410: "gone", 413: "dead"})
+
+    @bounded
+    async def send_webhook(self, message: Outgoing) -> Outcome:
+        """Standard Webhooks: one signature for each secret that is still good, over the very bytes sent."""
+        event: dict[str, Any] = {"type": "ping", "timestamp": message.created_at, "data": {}}
+        if message.event_name != "bellhop.ping":
+            line, summary = message.lines[0], self._texts(message)[1][0]
+            data = {name: getattr(line, name) for name in ("id", "event_name", "severity", "created_at")}
+            data |= {"user_id": message.user_id, "summary": summary, "url": f"{self.base}/n/{line.id}"}
+            event |= {"type": "notification.created", "data": data}
+        body, moment = msgspec.json.encode(event), str(int(time.time()))
+        signed = f"{message.id}.{moment}.".encode() + body
+        keys = [unseal(self.settings.secret, each) for each in message.address["sealed"] if each]
+        marks = (base64.b64encode(hmac.digest(key, signed, "sha256")).decode() for key in keys)
+        headers = {"webhook-signature": " ".join(f"v1,{mark}" for mark in marks), "webhook-timestamp": moment}
+        headers |= {"webhook-id": str(message.id), "Content-Type": "application/json"}
+        return await self._post(message.address["url"], body, headers, {410: "gone"})
+
+    async def _post(self, url: str, body: bytes, headers: dict[str, str], known: dict[int, str]) -> Outcome:
+        """One POST without redirects; `known` holds what a status means on this channel alone."""
+        try:
+            target, words = URL(url), b""
+            if target.scheme not in self.sessions or target.user or target.password:
+                return Outcome("refused", "not an http(s) address without user and password")
+            post = self.sessions[target.scheme].post
+            async with post(target, data=body, headers=headers, allow_redirects=False) as answer:
+                if 200 <= answer.status < 300:
+                    return Outcome("sent")
+                with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+                    async with asyncio.timeout(self.seconds / 5):  # no verdict hangs on an error's words
+                        words = await answer.content.read(1_000)
+                again = answer.status in (408, 425, 429) or answer.status >= 500
+                verdict = known.get(answer.status, "retry" if again else "refused")
+                error = f"{answer.status} {one_line(words.decode('utf-8', 'replace'))}"[:200]
+                return Outcome(verdict, error, retry_after(answer.headers.get("Retry-After", "")))
+        except (aiohttp.ClientError, ValueError) as error:
+            cause, verdict = getattr(error, "os_error", None), "retry"
+            if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+                verdict = "refused" if isinstance(cause, PermissionError) else "fault"
+            elif isinstance(error, ValueError):
+                verdict = "refused"
+            return Outcome(verdict, str(cause or type(error).__name__)[:200])
+
+
+# ═══ 8 · Worker ═══════════════════════════════════════════════════════════════════════════════
+# Claim many, look again, send, write down many. Between claim and finish no connection is held.
+
+WORKER_PATIENCE = 30.0  # seconds for a statement about many messages
+STOP_SECONDS = 8.0  # what is being sent may take this long when the process is told to stop
+QUARANTINE_SECONDS = 10.0  # a suspect waits this long for a natural pause before one is made
+PRUNE_SECONDS, PRUNE_ROWS = 3600.0, 1000
+
+
+class Metrics:
+    """What GET /metrics counts; the gauges are asked of the service when they are read."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        counter = functools.partial(prometheus_client.Counter, registry=self.registry)
+        self.requests = counter("bellhop_requests", "Requests by route and status", ["route", "status"])
+        self.deliveries = counter(
+            "bellhop_messages",
+            "Attempts by channel, state after it and verdict",
+            ["channel", "state", "verdict"],
+        )
+        self.leases_lost = counter("bellhop_leases_lost", "Results that came after the lease had ended")
+        buckets = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        self.batch = prometheus_client.Histogram(
+            "bellhop_create_batch",
+            "Notifications per create statement",
+            buckets=buckets,
+            registry=self.registry,
+        )
+        gauge = functools.partial(prometheus_client.Gauge, registry=self.registry)
+        self.oldest = gauge("bellhop_oldest_due_seconds", "Age of the oldest message that is due")
+        self.statuses = gauge("bellhop_deliveries", "Deliveries by channel and status", ["channel", "status"])
+        self.breakers = gauge("bellhop_breaker_open", "1 while a provider is paused", ["provider"])
+        self.pool = gauge("bellhop_pool", "Database connections and waiting requests", ["what"])
+
+
+METRICS = Metrics()
+
+
+class Worker:
+    """Everything that happens by itself: sending, storing what was kept for later, forgetting."""
+
+    def __init__(self, settings: Settings, db: Db, intake: Intake, outbound: Outbound) -> None:
+        self.settings, self.db, self.intake, self.outbound = settings, db, intake, outbound
+        self.ways = {
+            "email": outbound.send_email,
+            "push": outbound.send_push,
+            "webhook": outbound.send_webhook,
+        }
+        self.in_flight: dict[asyncio.Task[None], Outgoing] = {}
+        self.results: list[dict[str, Any]] = []
+        self.wake, self.done, self.stopping = asyncio.Event(), asyncio.Event(), False
+        self.idle_at, self.digests_at = time.monotonic(), 0.0
+
+    async def claim_loop(self) -> None:
+        """Claim whenever something may be due and there is room."""
+        while not self.stopping:
+            self.wake.clear()
+            if not await self.claim():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.wake.wait(), self.settings.poll_seconds)
+        await asyncio.Event().wait()
+
+    async def claim(self) -> int:
+        """Claim what is due and start sending it. A suspect runs alone: nothing else is in flight."""
+        now = time.monotonic()
+        if now - self.digests_at >= self.settings.poll_seconds:
+            self.digests_at = now
+            async with self.intake.turn:
+                await self.db.run("update_due_digests")
+        if not self.in_flight:
+            self.idle_at = now
+            if started := await self.start(room=1, alone=True):
+                await asyncio.wait(self.in_flight)
+                return started
+        elif now - self.idle_at > QUARANTINE_SECONDS and await self.db.maybe("get_suspect", as_value):
+            await asyncio.wait(self.in_flight)
+            return 1
+        return await self.start(room=self.settings.delivery_concurrency - len(self.in_flight), alone=False)
+
+    async def start(self, room: int, alone: bool) -> int:
+        """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
+        if room <= 0:
+            return 0
+        share = -(-self.settings.delivery_concurrency // 4)  # so that slow providers leave room for others
+        busy = collections.Counter(message.provider for message in self.in_flight.values())
+        messages = await self.db.many(
+            "claim_messages",
+            Outgoing.of_row,
+            room=room,
+            alone=alone,
+            share=share,
+            busy=msgspec.json.encode(busy).decode(),
+            lease=self.settings.lease_seconds,
+        )
+        for message in messages:
+            task = asyncio.create_task(self.deliver(message))
+            self.in_flight[task] = message
+            task.add_done_callback(self.in_flight.pop)
+        return len(messages)
+
+    async def deliver(self, message: Outgoing) -> None:
+        """One attempt; how it ended is written down by the finish loop."""
+        outcome = await self.ways[message.channel](message)
+        key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
+        self.results.append(key | msgspec.structs.asdict(outcome))
+        self.done.set()
+
+    async def finish_loop(self) -> None:
+        """Write results down, many in one statement; what cannot be written now is kept."""
+        while True:
+            await self.done.wait()
+            self.done.clear()
+            await self.finish()
+            self.wake.set()
+
+    async def finish(self) -> None:
+        """Write down the results so far."""
+        results, self.results = self.results, []
+        if not results:
+            return
+        try:
+            rows = await self.db.many(
+                "finish_messages", as_row, results=msgspec.json.encode(results).decode()
+            )
+        except Exception:
+            self.results, _ = results + self.results, self.done.set()
+            raise
+        METRICS.leases_lost.inc(len(results) - len(rows))
+        for _, _, channel, state, verdict in rows:
+            METRICS.deliveries.labels(channel, state, verdict).inc()
+
+    async def intake_loop(self) -> None:
+        """Store what other programs and callers left for now. The key makes a second try harmless."""
+        while True:
+            rows = await self.db.many("list_due_intake", as_row, room=PRUNE_ROWS)
+            await asyncio.gather(*(self.take_in(id, payload) for id, payload in rows))
+            if not rows:
+                await asyncio.sleep(self.settings.poll_seconds)
+
+    async def take_in(self, id: UUID, payload: Raw) -> None:
+        """Move one row of intake to where it belongs, or say in it what is wrong."""
+        try:
+            asked = decode_body(bytes(payload), NotificationCreate)
+            user = recipients(Caller("key"), asked, "")[0]
+            await self.intake.create([make_item(user, asked, f"intake:{id}")])
+        except Exception as error:
+            problem = as_problem(error)
+            if PROBLEMS[problem.code][0] >= 500:
+                raise
+            await self.db.run("update_intake", id=id, error=problem.detail or PROBLEMS[problem.code][1])
+        else:
+            await self.db.run("delete_intake", id=id)
+
+    async def prune_loop(self) -> None:
+        """Forget what is past its retention, a bounded number of rows at a time."""
+        while True:
+            for name in ("prune_messages", "prune_notifications", "prune_rate_limits"):
+                while await self.db.run(name, room=PRUNE_ROWS) >= PRUNE_ROWS:
+                    await asyncio.sleep(0.05)
+            await asyncio.sleep(PRUNE_SECONDS)
+
+    async def stop(self) -> None:
+        """Let what is under way end, write it down, and give back what did not end in time."""
+        if self.in_flight:
+            await asyncio.wait(self.in_flight, timeout=STOP_SECONDS)
+        left = [{"user_id": m.user_id, "id": m.id, "claim_seq": m.claim_seq} for m in self.in_flight.values()]
+        for task in self.in_flight:
+            task.cancel()
+        await self.finish()
+        if left:
+            await self.db.run("release_messages", results=msgspec.json.encode(left).decode())
 
 
 # ═══ 9 · Live ═════════════════════════════════════════════════════════════════════════════════
@@ -1238,8 +1702,9 @@ class InboxStream:
         except TimeoutError:
             return b": still here\n\n"
         self.stale.clear()
-        unread = await self.db.one("get_unread_count", Unread, user_id=self.user_id)
-        return f"event: inbox\nid: {unread.newest_id or ''}\ndata: {msgspec.json.encode(unread).decode()}\n\n".encode()
+        hint = await self.db.one("get_hint", user_id=self.user_id)
+        data = msgspec.json.encode(hint).decode()
+        return f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {data}\n\n".encode()
 
 
 # ═══ 10 · API ═════════════════════════════════════════════════════════════════════════════════
@@ -1255,7 +1720,7 @@ ERRORS = {
 Bell = NamedDependency["Service"]
 Mine = NamedDependency[Db]
 Ask = Request[Caller, Any, State]
-Ids = dict[str, UUID]
+Limit = Annotated[int, QueryParameter(ge=1, le=100)]
 
 
 class JsonRequest(Ask):
@@ -1343,30 +1808,26 @@ def patch_json(data: Struct) -> str:
 class InboxApi(Controller):
     """What a user may do with what is theirs; and how it got there."""
 
-    opt, responses, response_headers = {"by": "user"}, ERRORS, PRIVATE
+    opt, response_headers = {"by": "user"}, PRIVATE
 
     @post("/api/notifications", by="sender")
     async def create_notification(
         self, request: Ask, mine: Mine, bell: Bell, data: JSONBody[NotificationCreate]
-    ) -> Response[Shown]:
+    ) -> Response[Any]:
         """Store a notification: 201, or 200 when its key was seen before. With user_ids one for each
         user; with deliver_at 202, and it is stored when due."""
         users, key = recipients(request.user, data), header_key(request)
+        items = [make_item(user, data, key) for user in users]
+        if data.deliver_at is not None and data.user_ids is not None:
+            raise FieldError("deliver_at", "Expected a single user_id with it")
         if data.deliver_at is not None:
-            return await self.schedule(mine, users[0], data, key)
-        rows = await bell.intake.create([make_item(user, data, key) for user in users])
+            payload = patch_json(items[0].as_body())
+            return answer(await mine.one("create_scheduled", payload=payload, due_at=data.deliver_at), 202)
+        rows = await bell.intake.create(items)
         if data.user_ids is None:
             return answer(rows[0].answer, 201 if rows[0].inserted else 200)
         by_user = {row.user_id: row for row in rows}
         return answer(results(by_user[user] for user in data.user_ids), 201)
-
-    async def schedule(self, db: Db, user: str, data: NotificationCreate, key: str | None) -> Response[Any]:
-        """Keep a notification for later, as the body it will be then."""
-        if data.user_ids is not None:
-            raise FieldError("deliver_at", "Expected a single user_id with it")
-        later, due_at = make_item(user, data, key), data.deliver_at
-        row = await db.one("create_scheduled", as_is, payload=patch_json(later.as_body()), due_at=due_at)
-        return answer({"scheduled": row}, 202)
 
     @get("/api/notifications")
     async def list_notifications(
@@ -1376,89 +1837,61 @@ class InboxApi(Controller):
         unread: FromQuery[bool] = False,
         archived: FromQuery[bool] = False,
         event: Annotated[str | None, QueryParameter(max_length=120)] = None,
-        limit: Annotated[int, QueryParameter(ge=1, le=100)] = 30,
+        limit: Limit = 30,
         cursor: FromQuery[UUID | None] = None,
-    ) -> Response[Listing]:
+    ) -> Response[Any]:
         """The caller's notifications, newest first; 304 when the caller has this very answer."""
         wanted = {"unread": unread, "archived": archived, "event": event, "limit": limit, "cursor": cursor}
-        content = msgspec.json.encode(await mine.one("list_notifications", Listing, **wanted))
+        content = msgspec.json.encode(await mine.one("list_notifications", **wanted))
         tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
         headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
         known = request.headers.get("if-none-match", "")
         if tag in known or known.strip() == "*":
-            return Response(cast("Any", None), status_code=304, headers=headers)
-        return Response(cast("Any", content), media_type=MediaType.JSON, headers=headers)
+            return Response(None, status_code=304, headers=headers)
+        return Response(content, media_type=MediaType.JSON, headers=headers)
 
     @patch("/api/notifications")
-    async def mark_notifications(self, mine: Mine, data: JSONBody[MarkRead]) -> Changed | MarkedAll:
+    async def mark_notifications(self, mine: Mine, data: JSONBody[MarkRead]) -> Any:
         """Mark one notification read, or all up to and including `before`."""
         if data.notification_id is None:
-            return await mine.one("update_all_notifications", MarkedAll, before=data.before)
-        return await mine.one(
-            "update_notification", Changed, id=data.notification_id, read=True, archived=None
-        )
-
-    @get("/api/notifications/{id:uuid}")
-    async def get_notification(self, mine: Mine, id: FromPath[UUID]) -> Shown:
-        """One notification and what became of it on each channel; 404 when it is not yours."""
-        return await mine.one("get_notification", Shown, id=id)
+            return await mine.one("update_all_notifications", before=data.before)
+        return await mine.one("update_notification", id=data.notification_id, read=True, archived=None)
 
     @patch("/api/notifications/{id:uuid}")
     async def update_notification(
         self, mine: Mine, id: FromPath[UUID], data: JSONBody[NotificationPatch]
-    ) -> Changed:
+    ) -> Any:
         """Mark one notification read or unread, archive or restore it; 404 when it is not yours."""
-        return await mine.one("update_notification", Changed, id=id, read=data.read, archived=data.archived)
+        return await mine.one("update_notification", id=id, read=data.read, archived=data.archived)
 
-    @get("/api/unread-count")
-    async def get_unread_count(self, mine: Mine) -> Unread:
-        """How many of the caller's notifications are neither read nor archived."""
-        return Unread((await mine.one("get_unread_count", Unread)).unread_count)
-
-    @get("/api/stream", responses={200: ResponseSpec(str, media_type=cast("Any", "text/event-stream"))})
+    @get("/api/stream")
     async def stream(self, request: Ask, bell: Bell) -> ASGIApp:
         """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
         return InboxStream(bell.db, bell.hub, request.user.user_id)
 
     @get("/api/preferences")
-    async def get_preferences(self, mine: Mine) -> Chosen:
+    async def get_preferences(self, mine: Mine) -> Any:
         """The caller's choices."""
-        return Chosen((await mine.one("get_preferences", Contact)).preferences)
+        return {"preferences": (await mine.one("get_preferences"))["preferences"]}
 
     @patch("/api/preferences")
-    async def update_preferences(self, mine: Mine, data: JSONBody[PreferencesPatch]) -> Chosen:
+    async def update_preferences(self, mine: Mine, data: JSONBody[PreferencesPatch]) -> Any:
         """Merge into the caller's choices."""
-        saved = await mine.one("update_preferences", Contact, patch=patch_json(data), by_user=True)
-        return Chosen(saved.preferences)
+        saved = await mine.one("update_preferences", patch=patch_json(data), by_user=True)
+        return {"preferences": saved["preferences"]}
 
-    @get("/api/outbox")
-    async def list_outbox(self, mine: Mine) -> Outbox:
-        """The caller's messages still to leave."""
-        return await mine.one("list_outbox", Outbox)
-
-    @post("/api/outbox/{id:uuid}/send", status_code=200)
-    async def send_outbox_message(self, mine: Mine, id: FromPath[UUID]) -> Ids:
-        """Let a waiting message leave now; 404 when it is not yours or has left."""
-        return {"id": await mine.one("update_outbox_message", as_is, id=id)}
-
-    @post("/api/outbox/{id:uuid}/skip", status_code=200)
-    async def skip_outbox_message(self, mine: Mine, id: FromPath[UUID]) -> Ids:
-        """Let a waiting message never leave; 404 when it is not yours or has left."""
-        return {"id": await mine.one("delete_outbox_message", as_is, id=id)}
+    @get("/api/push/key")
+    async def get_push_key(self, bell: Bell) -> Any:
+        """What a browser subscribes with."""
+        return {"public_key": bell.outbound.public_key}
 
     @post("/api/push/subscriptions")
-    async def create_push_subscription(self, mine: Mine, data: JSONBody[PushSubscription]) -> Response[Ids]:
+    async def create_push_subscription(self, mine: Mine, data: JSONBody[PushSubscription]) -> Response[Any]:
         """Register a browser: 201, or 200 when it was known; another user's moves to the caller."""
-        keys, host = data.keys, urlsplit(data.endpoint).hostname
-        id, added = await mine.one(
-            "create_push_subscription",
-            as_row,
-            endpoint=data.endpoint,
-            host=host,
-            p256dh=keys.p256dh,
-            auth=keys.auth,
-        )
-        return answer({"id": id}, 201 if added else 200)
+        where = {"endpoint": data.endpoint, "host": urlsplit(data.endpoint).hostname}
+        keys = msgspec.structs.asdict(data.keys)
+        row = await mine.one("create_push_subscription", **where, **keys)
+        return answer({"id": row["id"]}, 201 if row["added"] else 200)
 
     @delete("/api/push/subscriptions")
     async def delete_push_subscription(self, mine: Mine, data: JSONBody[Endpoint]) -> None:
@@ -1469,19 +1902,19 @@ class InboxApi(Controller):
 class ProgramApi(Controller):
     """What programs do for users."""
 
-    opt, responses, response_headers = {"by": "program"}, ERRORS, PRIVATE
+    opt, response_headers = {"by": "program"}, PRIVATE
 
     @post("/api/notifications/preview", status_code=200)
     async def preview_notification(
         self, request: Ask, bell: Bell, data: JSONBody[NotificationCreate]
-    ) -> Response[Shown]:
+    ) -> Response[Any]:
         """What would happen to a notification; nothing is stored."""
         users, key = recipients(request.user, data), header_key(request)
         rows = await bell.intake.preview([make_item(user, data, key) for user in users])
         return answer(rows[0].answer if data.user_ids is None else results(rows))
 
     @post("/api/notifications/batch", request_max_body_size=BATCH_BYTES)
-    async def create_notifications(self, request: Ask, bell: Bell, data: JSONBody[Batch]) -> Results:
+    async def create_notifications(self, request: Ask, bell: Bell, data: JSONBody[Batch]) -> Any:
         """Store up to 1,000 notifications, all or none."""
         key, items = header_key(request), []
         for index, asked in enumerate(data.notifications):
@@ -1490,87 +1923,153 @@ class ProgramApi(Controller):
                 raise FieldError(f"{place}deliver_at", "Expected outside of a batch")
             user = recipients(request.user, asked, place)[0]
             items.append(make_item(user, asked, key and f"{key}:{index}"))
-        return cast("Results", results(await bell.intake.create(items)))
+        return results(await bell.intake.create(items))
 
     @post("/api/resolve", status_code=200)
-    async def resolve(self, bell: Bell, data: JSONBody[Subject]) -> dict[str, int]:
+    async def resolve(self, bell: Bell, data: JSONBody[Subject]) -> Any:
         """Settle a subject for every user: read, archived, and out of every message not yet sent."""
         users = await bell.db.many("update_resolved_notifications", str, subject_key=data.subject_key)
         for user in set(users):
             bell.hub.publish(user)
         return {"resolved": len(users)}
 
-    @get("/api/users/{user_id:str}")
-    async def get_user(self, mine: Mine, user_id: PathUser) -> Contact:
-        """A user's contact and choices; defaults for one never heard of."""
-        return await mine.one("get_preferences", Contact, user_id=user_id)
-
     @put("/api/users/{user_id:str}")
-    async def update_user(self, mine: Mine, user_id: PathUser, data: JSONBody[ContactPatch]) -> Contact:
+    async def update_user(self, mine: Mine, user_id: PathUser, data: JSONBody[ContactPatch]) -> Any:
         """Set how a user is reached."""
-        changes = {"user_id": user_id, "patch": patch_json(data), "by_user": False}
-        return await mine.one("update_preferences", Contact, **changes)
+        return await mine.one("update_preferences", user_id=user_id, patch=patch_json(data), by_user=False)
 
     @patch("/api/users/{user_id:str}/preferences")
     async def update_user_preferences(
         self, mine: Mine, user_id: PathUser, data: JSONBody[PreferencesPatch]
-    ) -> Chosen:
+    ) -> Any:
         """Merge into a user's choices."""
-        changes = {"user_id": user_id, "patch": patch_json(data), "by_user": False}
-        return Chosen((await mine.one("update_preferences", Contact, **changes)).preferences)
-
-    @get("/api/users/{user_id:str}/export")
-    async def export_user(self, mine: Mine, user_id: PathUser) -> dict[str, Any]:
-        """Everything held about a user."""
-        return await mine.one("get_export", as_is, user_id=user_id)
-
-    @delete("/api/users/{user_id:str}")
-    async def delete_user(self, mine: Mine, user_id: PathUser) -> None:
-        """Erase everything about a user."""
-        await mine.run("delete_user", user_id=user_id)
+        wish = {"patch": patch_json(data), "by_user": False}
+        return {"preferences": (await mine.one("update_preferences", user_id=user_id, **wish))["preferences"]}
 
     @post("/api/users/{user_id:str}/token")
     async def create_user_token(
         self, bell: Bell, user_id: PathUser, data: JSONBody[TokenRequest | None] = None
-    ) -> UserToken:
+    ) -> Any:
         """A user token: HS256, `sub` is the user."""
         life = timedelta(minutes=data.minutes if data else 60)
-        return UserToken(make_token(bell.settings.secret, user_id, life), datetime.now(UTC) + life)
-
-    @delete("/api/scheduled/{id:uuid}")
-    async def delete_scheduled(self, mine: Mine, id: FromPath[UUID]) -> None:
-        """Cancel a notification kept for later; 404 once it is gone."""
-        await mine.one("delete_scheduled", as_is, id=id)
+        return {
+            "token": make_token(bell.settings.secret, user_id, life),
+            "expires_at": datetime.now(UTC) + life,
+        }
 
 
 class AdminApi(Controller):
     """What keeps the service in order."""
 
-    opt, responses, response_headers = {"by": "admin"}, ERRORS, PRIVATE
-
-    @get("/api/keys")
-    async def list_keys(self, mine: Mine) -> dict[str, list[ApiKey]]:
-        """All API keys, without their secrets."""
-        return {"keys": await mine.many("list_api_keys", ApiKey)}
+    opt, response_headers = {"by": "admin"}, PRIVATE
 
     @post("/api/keys")
-    async def create_key(self, mine: Mine, data: JSONBody[KeyCreate]) -> NewKey:
+    async def create_key(self, mine: Mine, data: JSONBody[KeyCreate]) -> Any:
         """A new API key; the secret is told this once."""
         return await add_key(mine, data.name, data.scope)
 
     @delete("/api/keys/{id:uuid}")
     async def delete_key(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> None:
         """Revoke an API key, at once in this process."""
-        await mine.one("delete_api_key", as_is, id=id)
+        await mine.one("delete_api_key", id=id)
         bell.gate.keys.clear()
 
+    @get("/api/deliveries")
+    async def list_deliveries(
+        self,
+        mine: Mine,
+        status: FromQuery[Status | None] = None,
+        channel: FromQuery[Channel | None] = None,
+        user_id: FromQuery[str | None] = None,
+        limit: Limit = 30,
+        cursor: FromQuery[UUID | None] = None,
+    ) -> Any:
+        """What became of notifications, of all users, newest first."""
+        wanted = {"status": status, "channel": channel, "about": user_id, "limit": limit, "cursor": cursor}
+        return await mine.one("list_deliveries", **wanted)
 
-async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> NewKey:
+    @post("/api/deliveries/{id:uuid}/retry", status_code=200)
+    async def retry_delivery(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> Any:
+        """Put a failed delivery back in the queue, with what left beside it; 409 unless failed."""
+        if (await mine.one("retry_delivery", id=id))["status"] != "failed":
+            raise Problem("conflict", "Only a failed delivery can be tried again")
+        bell.worker.wake.set()
+        return {"id": id}
+
+    @post("/api/deliveries/retry", status_code=200)
+    async def retry_deliveries(self, mine: Mine, data: JSONBody[RetryRequest]) -> Any:
+        """Put all failed deliveries (of a channel) back in the queue, spread out."""
+        return await mine.one("retry_deliveries", channel=data.channel)
+
+    @post("/api/webhooks")
+    async def create_webhook(self, mine: Mine, bell: Bell, data: JSONBody[WebhookCreate]) -> Any:
+        """A new endpoint; its signing secret is told this once."""
+        host, (secret, sealed) = bell.webhook_host(data.url), bell.new_webhook_secret()
+        fields = msgspec.structs.asdict(data) | {"host": host, "secret": sealed}
+        return await mine.one("create_webhook", **fields) | {"secret": secret}
+
+    @patch("/api/webhooks/{id:uuid}")
+    async def update_webhook(
+        self, mine: Mine, bell: Bell, id: FromPath[UUID], data: JSONBody[WebhookPatch]
+    ) -> Any:
+        """Change an endpoint, or switch it off or on again."""
+        host = bell.webhook_host(data.url) if isinstance(data.url, str) else None
+        return await mine.one("update_webhook", id=id, host=host, patch=patch_json(data))
+
+    @post("/api/webhooks/{id:uuid}/rotate", status_code=200)
+    async def rotate_webhook(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> Any:
+        """A new signing secret; the old one still signs for 24 hours."""
+        secret, sealed = bell.new_webhook_secret()
+        return await mine.one("update_webhook_secret", id=id, secret=sealed) | {"secret": secret}
+
+    @post("/api/webhooks/{id:uuid}/test", status_code=200)
+    async def ping_webhook(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> Outcome:
+        """Send a ping now and say how it went."""
+        address = {
+            name: msgspec.json.decode(part) for name, part in (await mine.one("get_webhook", id=id)).items()
+        }
+        ping, now = new_id(), datetime.now(UTC)
+        message = Outgoing("", ping, 0, "webhook", "", "en", 0, now, address, 1, ping, "bellhop.ping", [])
+        return await bell.outbound.send_webhook(message)
+
+
+async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> dict[str, Any]:
     """Make an API key and store its hash; with only_first, Problem when there has been one."""
     secret = f"bh_{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(secret.encode()).digest()
-    key = await db.one("create_api_key", ApiKey, name=name, scope=scope, hash=digest, only_first=only_first)
-    return NewKey(key, secret)
+    return await db.one("create_api_key", name=name, scope=scope, hash=digest, only_first=only_first) | {
+        "secret": secret
+    }
+
+
+def statement(method: str, path: str, by: str, name: str, about: str, status: int = 200) -> HTTPRouteHandler:
+    """A route that is one statement: caller and path are its parameters, its row is the answer."""
+
+    async def run(request: Ask, mine: Mine) -> Any:
+        row = await mine.one(name, **request.path_params)
+        return row if status != 204 else None
+
+    run.__name__, run.__doc__ = name, about
+    run.__annotations__["return"] = None if status == 204 else Any
+    handler = HTTPRouteHandler(path, http_method=cast("Any", method), status_code=status, by=by)
+    return handler(run)
+
+
+STATEMENTS = [
+    ("GET", "/api/notifications/{id:uuid}", "user", "get_notification", "One, and what became of it."),
+    ("GET", "/api/unread-count", "user", "get_unread_count", "How many are neither read nor archived."),
+    ("GET", "/api/outbox", "user", "list_outbox", "The caller's messages still to leave."),
+    ("POST", "/api/outbox/{id:uuid}/send", "user", "update_outbox_message", "Let a message leave now."),
+    ("POST", "/api/outbox/{id:uuid}/skip", "user", "delete_outbox_message", "Let a message never leave."),
+    ("GET", "/api/users/{user_id:str}", "program", "get_preferences", "A user's contact and choices."),
+    ("GET", "/api/users/{user_id:str}/export", "program", "get_export", "Everything held about a user."),
+    ("DELETE", "/api/users/{user_id:str}", "program", "delete_user", "Erase all of a user.", 204),
+    ("DELETE", "/api/scheduled/{id:uuid}", "program", "delete_scheduled", "Cancel what is for later.", 204),
+    ("GET", "/api/keys", "admin", "list_api_keys", "All API keys, without their secrets."),
+    ("GET", "/api/stats", "admin", "get_stats", "Counts, the oldest due message, breakers, the last hour."),
+    ("GET", "/api/webhooks", "admin", "list_webhooks", "All endpoints, without their secrets."),
+    ("DELETE", "/api/webhooks/{id:uuid}", "admin", "delete_webhook", "Forget an endpoint.", 204),
+]
 
 
 # ═══ 11 · Pages ═══════════════════════════════════════════════════════════════════════════════
@@ -1582,57 +2081,50 @@ ASSETS = {
     "svg": "image/svg+xml",
     "json": "application/manifest+json",
 }
-PAGE_HEADERS = PRIVATE | {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
-    " connect-src 'self'; manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none';"
-    " frame-ancestors 'none'",
-    "Referrer-Policy": "same-origin",
-}
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
+POLICY += (
+    "; manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+PAGE_HEADERS = PRIVATE | {"Content-Security-Policy": POLICY, "Referrer-Policy": "same-origin"}
 
 
 class Pages:
-    """The templates, the words of each language, and the files a browser loads by versioned URL."""
+    """The templates, and the files a browser loads by versioned URL."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, folder = settings, HERE / "templates"
+    def __init__(self, base_url: str) -> None:
+        self.base_url, folder = base_url, HERE / "templates"
         self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix[1:] in ASSETS}
         self.version = hashlib.blake2b(b"".join(self.files.values()), digest_size=6).hexdigest()
-        self.words = {
-            path.stem: msgspec.json.decode(path.read_bytes()) for path in folder.glob("words/*.json")
-        }
-        loader = jinja2.FileSystemLoader(folder)
-        self.environment = jinja2.Environment(
-            loader=loader,
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
+        loader, strict = jinja2.FileSystemLoader(folder), jinja2.StrictUndefined
+        self.templates = jinja2.Environment(
+            loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
         )
-
-    def language(self, wanted: str) -> str:
-        """The first language we speak of a locale or an Accept-Language header; English otherwise."""
-        codes = [re.split(r"[-_;]", part.strip().lower())[0] for part in wanted.split(",")]
-        return next((code for code in codes if code in self.words), "en")
 
     async def show(self, request: Ask, name: str, **parts: Any) -> Response[Any]:
         """A page in the reader's language; a part that is a statement is run for it."""
         values = {
             key: plain(await part if inspect.isawaitable(part) else part) for key, part in parts.items()
         }
-        caller, locale = request.scope.get("user"), request.headers.get("accept-language", "")
-        lang = self.language(f"{values.get('locale') or ''},{locale}")
-        text = self.environment.get_template(name).render(
-            w=self.words[lang],
+        caller, spoken = request.scope.get("user"), request.headers.get("accept-language", "")
+        lang = language(f"{values.get('contact', {}).get('locale', '')},{spoken}")
+        text = self.templates.get_template(name).render(
+            w=WORDS[lang],
             lang=lang,
-            languages={code: words["page.language"] for code, words in sorted(self.words.items())},
-            user_id=caller.user_id if caller else None,
+            languages={code: words["page.language"] for code, words in sorted(WORDS.items())},
+            user_id=caller and caller.user_id,
             is_admin=bool(caller and caller.admin),
             asset=lambda file: f"/assets/{self.version}/{file}",
-            base_url=self.settings.base_url,
+            base_url=self.base_url,
             path=local_path(request),
             **values,
         )
         return Response(text, media_type=MediaType.HTML, headers=PAGE_HEADERS)
+
+
+def language(wanted: str) -> str:
+    """The first language we speak of a locale or an Accept-Language header; English otherwise."""
+    codes = [re.split(r"[-_;]", part.strip().lower())[0] for part in wanted.split(",")]
+    return next((code for code in codes if code in WORDS), "en")
 
 
 def plain(value: Any) -> Any:
@@ -1641,7 +2133,6 @@ def plain(value: Any) -> Any:
 
 
 def local_path(request: Request[Any, Any, Any]) -> str:
-    """The path that was asked for, with its query."""
     return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 
@@ -1675,14 +2166,41 @@ class UserPages(Controller):
     ) -> Response[Any]:
         """The inbox."""
         wanted = {"unread": unread, "archived": archived, "event": None, "limit": 30, "cursor": None}
-        contact = await mine.one("get_preferences", Contact)
         return await bell.pages.show(
             request,
             "inbox.html",
-            listing=mine.one("list_notifications", Listing, **wanted),
-            outbox=mine.one("list_outbox", as_is),
-            preferences=contact.preferences,
-            locale=contact.locale,
+            contact=mine.one("get_preferences"),
+            listing=mine.one("list_notifications", **wanted),
+            **plain(await mine.one("list_outbox")),
+        )
+
+    @get("/n/{id:uuid}")
+    async def show_notification(
+        self, request: Ask, mine: Mine, bell: Bell, id: FromPath[UUID]
+    ) -> Response[Any]:
+        """One notification: where the links of mails and pushes lead."""
+        shown = plain(await mine.one("get_notification", id=id))
+        return await bell.pages.show(
+            request, "notification.html", contact=mine.one("get_preferences"), **shown
+        )
+
+    @get("/preferences")
+    async def show_preferences(self, request: Ask, mine: Mine, bell: Bell) -> Response[Any]:
+        """The user's choices."""
+        contact, seen = plain(await mine.one("get_preferences")), plain(await mine.one("list_event_names"))
+        known = {"preferences": contact["preferences"], "push_key": bell.outbound.public_key}
+        return await bell.pages.show(request, "preferences.html", contact=contact, **known, **seen)
+
+    @get("/admin", by="admin")
+    async def show_admin(self, request: Ask, mine: Mine, bell: Bell) -> Response[Any]:
+        """What is failing, and the keys of the house."""
+        failed = {"status": "failed", "channel": None, "about": None, "limit": 30, "cursor": None}
+        return await bell.pages.show(
+            request,
+            "admin.html",
+            stats=mine.one("get_stats"),
+            failed=mine.one("list_deliveries", **failed),
+            **plain(await mine.one("list_api_keys") | await mine.one("list_webhooks")),
         )
 
 
@@ -1708,6 +2226,25 @@ class PublicPages(Controller):
         """Take the cookie away."""
         refuse_other_sites(request, bell.settings.base_url, strict=True)
         return Response({"ok": True}, cookies=[session_cookie(bell.settings, "", 0)])
+
+    @get("/unsubscribe/{token:str}")
+    async def show_unsubscribe(self, request: Ask, bell: Bell, token: FromPath[str]) -> Response[Any]:
+        """A form; looking at it changes nothing."""
+        known = read_unsubscribe(bell.settings.secret, token)
+        event = known and known[1]
+        return await bell.pages.show(
+            request, "unsubscribe.html", token_ok=bool(known), done=False, event_name=event
+        )
+
+    @post("/unsubscribe/{token:str}", status_code=200)
+    async def unsubscribe(self, request: Ask, bell: Bell, token: FromPath[str]) -> Response[Any]:
+        """Switch the user's e-mail off, or just this event's; the link is proof enough."""
+        known = read_unsubscribe(bell.settings.secret, token)
+        if known is None:
+            raise Problem("not_found")
+        event = known[1] if b"event=" in await request.body() else None
+        await bell.db.run("update_unsubscribed", user_id=known[0], event=event)
+        return await bell.pages.show(request, "unsubscribe.html", token_ok=True, done=True, event_name=event)
 
     @get("/assets/{version:str}/{name:str}")
     async def get_asset(self, bell: Bell, version: FromPath[str], name: FromPath[str]) -> Response[Any]:
@@ -1779,12 +2316,26 @@ class Operations(Controller):
         """200 when the database answers and every background loop runs, else 503 naming the part."""
         down = bell.loops.down()
         try:
-            await bell.db.one("get_readiness", as_is)
+            await bell.db.one("get_readiness")
         except (TimeoutError, psycopg.Error, PoolTimeout):
             down.append("database")
         if down:
             raise Problem("unready", f"Not working: {', '.join(down)}")
         return {"status": "ok"}
+
+    @get("/metrics", include_in_schema=False)
+    async def get_metrics(self, bell: Bell) -> Response[Any]:
+        """Everything countable, as Prometheus reads it."""
+        stats = plain(await bell.db.one("get_stats"))
+        METRICS.oldest.set(stats["oldest_due_seconds"] or 0)
+        for row in stats["counts"]:
+            METRICS.statuses.labels(row["channel"], row["status"]).set(row["n"])
+        for row in stats["breakers"]:
+            METRICS.breakers.labels(row["provider"]).set(row["paused_until"] is not None)
+        for what in ("pool_size", "pool_available", "requests_waiting"):
+            METRICS.pool.labels(what).set(bell.pool.get_stats().get(what, 0))
+        text = prometheus_client.generate_latest(METRICS.registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @get("/openapi.json", include_in_schema=False)
     async def get_openapi(self, request: Ask) -> Response[Any]:
@@ -1979,19 +2530,55 @@ class Service:
             kwargs={"autocommit": True, "prepare_threshold": 0},
             open=False,
         )
-        self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings)
+        self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings.base_url)
         self.db = Db(self.pool, self.hub.publish, PATIENCE, no_target=NO_TARGET)
         self.gate = Gatekeeper(settings, self.db)
         limits = {
             channel: getattr(settings, f"{channel}_per_minute") for channel in ("email", "push", "webhook")
         }
         self.intake = Intake(self.db, msgspec.json.encode(limits).decode(), self.after_store)
+        self.outbound = Outbound(settings)
+        self.worker = Worker(settings, self.worker_db(limits), self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
+
+    def worker_db(self, limits: dict[str, int]) -> Db:
+        """The database as the worker uses it: patient, and with the policy's figures filled in."""
+        settings = self.settings
+        notices = {
+            language: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
+            for language, words in WORDS.items()
+        }
+        return Db(
+            self.pool,
+            self.hub.publish,
+            WORKER_PATIENCE,
+            no_target=NO_TARGET,
+            limits=msgspec.json.encode(limits).decode(),
+            max_attempts=settings.max_attempts,
+            retry_base=settings.retry_base_seconds,
+            retry_max=settings.retry_max_seconds,
+            admins=list(settings.admins),
+            notices=msgspec.json.encode(notices).decode(),
+            days=settings.retention_days,
+        )
+
+    def webhook_host(self, url: str) -> str | None:
+        """The host of an endpoint; plain http is for addresses that are allowed by name."""
+        if url.lower().startswith("http:") and not self.settings.outbound_allow:
+            raise FieldError("url", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
+        return urlsplit(url).hostname
+
+    def new_webhook_secret(self) -> tuple[str, bytes]:
+        """A signing secret as its owner sees it, and as the database keeps it."""
+        key = os.urandom(24)
+        return f"whsec_{base64.b64encode(key).decode()}", seal(self.settings.secret, key)
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
         for user in {row.user_id for row in rows if row.inserted}:
             self.hub.publish(user)
+        if any(row.leaves for row in rows):
+            self.worker.wake.set()
 
     def look_after_pool(self) -> None:
         """Drop connections that died with the database, once however many requests noticed."""
@@ -2001,12 +2588,25 @@ class Service:
     async def start(self) -> None:
         """Open the connections and start the loops, on a database that prepare() made ready."""
         await self.pool.open(wait=True, timeout=10)
-        self.loops.start("intake", self.intake.run)
+        await self.outbound.open()
+        loops = {
+            "create": self.intake.run,
+            "intake": self.worker.intake_loop,
+            "prune": self.worker.prune_loop,
+        }
+        if self.settings.delivery_concurrency:
+            loops |= {"claim": self.worker.claim_loop, "finish": self.worker.finish_loop}
+        for name, run in loops.items():
+            self.loops.start(name, run)
 
     async def stop(self) -> None:
         """End the loops, then the connections."""
         self.hub.close()
+        self.worker.stopping = True
+        with contextlib.suppress(Exception):
+            await self.worker.stop()
         await self.loops.stop()
+        await self.outbound.close()
         await self.pool.close(timeout=2)
 
 
@@ -2079,10 +2679,10 @@ class HeadAsGet:
             return await self.app(scope, receive, send)
 
         async def send_head(message: Any) -> None:
-            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+            end = {"body": b"", "more_body": False} if message["type"] == "http.response.body" else {}
+            await send({**message, **end})
 
-        scope["method"] = cast("Any", "GET")
-        return await self.app(scope, receive, send_head)
+        return await self.app(cast("Any", {**scope, "method": "GET"}), receive, send_head)
 
 
 def provide_mine(request: Request[Any, Any, Any]) -> Db:
@@ -2099,6 +2699,7 @@ def provide_bell(state: State) -> Service:
 
 # The route table: each says at its head who may call.
 ROUTES = [InboxApi, ProgramApi, AdminApi, UserPages, PublicPages, Operations]
+ROUTES += [statement(*route) for route in STATEMENTS]
 
 
 def create_app(settings: Settings) -> Litestar:
@@ -2215,7 +2816,7 @@ async def with_db(settings: Settings, action: Callable[[Db], Awaitable[T]]) -> T
 async def first_run_key(db: Db) -> str | None:
     """The key of the very first start; afterwards nothing."""
     try:
-        return (await add_key(db, "first-run", "admin", only_first=True)).secret
+        return (await add_key(db, "first-run", "admin", only_first=True))["secret"]
     except Problem:
         return None
 
@@ -2246,15 +2847,13 @@ def manage_keys(settings: Settings, args: argparse.Namespace) -> None:
 
     async def act(db: Db) -> None:
         if args.action == "create":
-            print((await add_key(db, args.name, args.scope)).secret)
+            print((await add_key(db, args.name, args.scope))["secret"])
         elif args.action == "revoke":
-            if await db.maybe("delete_api_key", as_is, id=args.id) is None:
+            if await db.maybe("delete_api_key", id=args.id) is None:
                 raise CommandError("there is no such key")
         else:
-            for key in await db.many("list_api_keys", ApiKey):
-                used = key.last_used_at.isoformat(timespec="seconds") if key.last_used_at else "never"
-                created = key.created_at.isoformat(timespec="seconds")
-                print(f"{key.id}  {key.name}  {key.scope}  created {created}  last used {used}")
+            for key in plain(await db.one("list_api_keys"))["keys"]:
+                print("{id}  {name}  {scope}  created {created_at}  last used {last_used_at}".format(**key))
 
     with database(settings, join=True) as settings:
         asyncio.run(prepare(settings))

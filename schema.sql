@@ -135,7 +135,9 @@ CREATE TABLE IF NOT EXISTS outbox (
     available_at  timestamptz NOT NULL, -- when due; while sending, when the lease ends
     claim_seq     integer NOT NULL DEFAULT 0,  -- grows at every claim: the fence
     attempts      integer NOT NULL DEFAULT 0,  -- finished tries that failed
+    faults        integer NOT NULL DEFAULT 0,  -- how many of the last attempts were provider faults
     crashes       integer NOT NULL DEFAULT 0,  -- leases that ran out in a row
+    provider      text NOT NULL,        -- email, or the channel and host: what the breaker watches
     token_minute  timestamptz,          -- the minute whose rate-limit token it holds
     last_error    text,                 -- the provider's words, for admins
     created_at    timestamptz NOT NULL DEFAULT now(),
@@ -147,11 +149,13 @@ CREATE UNIQUE INDEX IF NOT EXISTS outbox_window
     ON outbox (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL;
     -- serves: create_notifications (the open window that an event joins)
 CREATE INDEX IF NOT EXISTS outbox_due
-    ON outbox (available_at) WHERE state IN ('open', 'sending', 'pending');
-    -- serves: claim_messages
+    ON outbox (provider, available_at) WHERE state IN ('open', 'sending', 'pending');
+    -- serves: claim_messages, update_due_digests
+CREATE INDEX IF NOT EXISTS outbox_suspects ON outbox (available_at) WHERE crashes >= 2;
+    -- serves: get_suspect
 CREATE INDEX IF NOT EXISTS outbox_finished
     ON outbox (finished_at) WHERE finished_at IS NOT NULL;
-    -- serves: prune_finished
+    -- serves: prune_messages, get_stats
 
 CREATE TABLE IF NOT EXISTS deliveries (
     user_id          text NOT NULL,

@@ -2,4 +2,5 @@
 INSERT INTO api_keys (name, scope, hash)
 SELECT %(name)s::text, %(scope)s::text, %(hash)s::bytea
 WHERE NOT (%(only_first)s::boolean AND EXISTS (SELECT FROM api_keys))
-RETURNING id, name, scope, created_at, last_used_at
+RETURNING json_build_object('id', id, 'name', name, 'scope', scope, 'created_at', created_at,
+                            'last_used_at', last_used_at) AS key

@@ -39,20 +39,20 @@ fresh AS MATERIALIZED (
 ),
 -- Every channel the user switched on, and every webhook that listens: one row a target.
 considered AS (
-    SELECT f.*, c.channel, c.target, c.address, p.min_severity, p.digest_minutes, p.events
+    SELECT f.*, c.channel, c.target, c.address, c.provider, p.min_severity, p.digest_minutes, p.events
     FROM fresh f
     JOIN notification_preferences p ON p.user_id = f.user_id
     CROSS JOIN LATERAL (
-        SELECT 'email' AS channel, %(no_target)s::uuid AS target, p.email AS address
+        SELECT 'email' AS channel, %(no_target)s::uuid AS target, p.email AS address, 'email' AS provider
         WHERE p.email_enabled
         UNION ALL
-        SELECT 'push', coalesce(s.id, %(no_target)s::uuid), s.endpoint
+        SELECT 'push', coalesce(s.id, %(no_target)s::uuid), s.endpoint, 'push:' || s.host
         FROM (VALUES (p.user_id)) AS reader (id)
         LEFT JOIN push_subscriptions s ON s.user_id = reader.id
         WHERE p.push_enabled
     ) c
     UNION ALL
-    SELECT f.*, 'webhook', w.id, w.url, w.min_severity, 0, p.events
+    SELECT f.*, 'webhook', w.id, w.url, 'webhook:' || w.host, w.min_severity, 0, p.events
     FROM fresh f
     LEFT JOIN notification_preferences p ON p.user_id = f.user_id
     JOIN webhook_endpoints w ON w.disabled_at IS NULL AND coalesce(w.user_id, f.user_id) = f.user_id
@@ -150,9 +150,10 @@ timed AS MATERIALIZED (
 ),
 -- The partial unique index is the window: the first item opens it, the rest join, a claim closes it.
 opened AS MATERIALIZED (
-    INSERT INTO outbox AS o (user_id, id, channel, target, digest, critical, available_at, token_minute)
+    INSERT INTO outbox AS o (user_id, id, channel, target, digest, critical, available_at, token_minute,
+                             provider)
     SELECT user_id, message_id, channel, target, digest, digest IS NULL AND severity = 'critical',
-           available_at, CASE WHEN digest IS NULL THEN token_minute END
+           available_at, CASE WHEN digest IS NULL THEN token_minute END, provider
     FROM (
         SELECT DISTINCT ON (user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END) *
         FROM timed
@@ -183,12 +184,14 @@ told AS (
     SELECT n, json_agg(json_build_object('channel', channel,
                                          'status', CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END,
                                          'reason', reason, 'available_at', available_at,
-                                         'redacted', redacted) ORDER BY channel) AS deliveries
+                                         'redacted', redacted) ORDER BY channel) AS deliveries,
+           bool_or(available_at <= now()) AS leaves
     FROM queued GROUP BY n
 )
 SELECT i.user_id, s.id, coalesce(s.id = i.id, false) AS inserted,
        json_build_object('notification', n.notification,
-                         'deliveries', coalesce(told.deliveries, '[]'::json)) AS answer
+                         'deliveries', coalesce(told.deliveries, '[]'::json)) AS answer,
+       coalesce(told.leaves, false) AS leaves
 FROM item i
 LEFT JOIN stored s ON s.user_id = i.user_id AND s.ref = i.ref
 LEFT JOIN told ON told.n = i.n AND s.id = i.id

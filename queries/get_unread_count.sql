@@ -1,5 +1,4 @@
--- How many notifications a user has neither read nor archived, and the newest id of all.
-SELECT count(*) AS unread_count,
-       (SELECT id FROM notifications WHERE user_id = %(user_id)s::text ORDER BY id DESC LIMIT 1) AS newest_id
+-- How many notifications a user has neither read nor archived.
+SELECT count(*) AS unread_count
 FROM notifications
 WHERE user_id = %(user_id)s::text AND read_at IS NULL AND archived_at IS NULL

@@ -226,6 +226,32 @@ def sign_in(service: Running) -> Callable[..., str]:
     return session
 
 
+@pytest.fixture
+def contents(sql: Callable[..., Any]) -> Callable[[], dict[str, list[str]]]:
+    """Everything that is stored, to compare before and after; a key's last use is no change."""
+
+    def look() -> dict[str, list[str]]:
+        tables = [name for (name,) in sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        rows = {table: sql(f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables if table != "api_keys"}
+        return {table: [text for (text,) in found] for table, found in rows.items()}
+
+    return look
+
+
+def problem(reply: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
+    """An error of the one shape, with this status and about this field; gives it back."""
+    assert reply.status_code == status, f"{reply.status_code}: {reply.text[:500]}"
+    assert reply.headers["content-type"].startswith("application/problem+json")
+    told = reply.json()
+    assert told["type"] == "about:blank" and told["status"] == status and told["title"] and told["detail"]
+    assert told["code"] == told["code"].lower() and " " not in told["code"]
+    assert told.keys() <= {"type", "title", "status", "detail", "code", "errors"}
+    if field is not None:
+        assert [error["field"] for error in told["errors"]] == [field], told
+        assert told["errors"][0]["message"]
+    return told
+
+
 def eventually(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
     """Wait until the condition holds and give its value; it must hold in the end."""
     deadline = time.monotonic() + seconds

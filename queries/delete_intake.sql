@@ -1,0 +1,2 @@
+-- Forgets what was stored as a notification.
+DELETE FROM intake WHERE id = %(id)s::uuid

@@ -1,0 +1,5 @@
+-- Gives an endpoint a new secret; the old one still signs for a day.
+UPDATE webhook_endpoints
+SET old_secret = secret, old_secret_until = now() + interval '24 hours', secret = %(secret)s::bytea
+WHERE id = %(id)s::uuid
+RETURNING id

@@ -1,0 +1,1082 @@
+"""The pages and the widget in a real browser: what people see, hear and press."""
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import app
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import Running, eventually
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+
+Post = Callable[..., dict[str, Any]]
+OpenPage = Callable[..., Page]
+
+WITHIN_A_SECOND = 1_000
+BROWSER_ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+LANGUAGES = sorted(path.stem for path in (app.HERE / "templates" / "words").glob("*.json"))
+
+# A page of somebody else's, with rules that would spoil the widget if they reached it.
+SHOP = """<!doctype html><html lang="en"><title>Corner Shop</title>
+<style>* { color: rgb(1, 2, 3) !important; text-transform: uppercase } .badge, .panel, li { display: none !important }
+body { margin: 0 } header { display: flex; align-items: center; padding: 12px 24px } h1 { flex: 1 }</style>
+<header><h1>Corner Shop</h1>%s</header><p id="own">Ours</p></html>"""
+
+# Said to a page before it runs: whether somebody looks at it is for the test to decide.
+HIDEABLE = """(() => {
+    let hidden = false;
+    Object.defineProperty(Document.prototype, "hidden", { get: () => hidden });
+    window.hide = (now) => { hidden = now; document.dispatchEvent(new Event("visibilitychange", { bubbles: true })); };
+})()"""
+
+
+# ── the stage
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, the machine's own or Playwright's; without one these tests fail."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=BROWSER_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Shop(http.server.ThreadingHTTPServer):
+    """Somebody else's website, on an origin of its own."""
+
+    body = ""
+
+    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
+        server: "Shop"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(self.server.body.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+@pytest.fixture
+def shop() -> Iterator[Shop]:
+    with Shop() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def service(serve: Callable[..., Running], shop: Shop) -> Running:
+    """The service with an e-mail channel (nothing leaves: digests wait) and the shop's website as a friend."""
+    mail = {"smtp_url": "smtp://127.0.0.1:9?starttls=off", "mail_from": "bellhop@example.com"}
+    return serve(cors_origins=shop.url, **mail)
+
+
+class Wire:
+    """A proxy between browser and service that can be cut, as networks are."""
+
+    def __init__(self, url: str) -> None:
+        self.target = ("127.0.0.1", urlsplit(url).port)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.open, self.pairs, self.threads = True, [], []
+        self.run(self.accept)
+
+    def run(self, work: Callable[..., None], *arguments: Any) -> None:
+        self.threads.append(threading.Thread(target=work, args=arguments))
+        self.threads[-1].start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                if not self.open:
+                    near.close()
+                    continue
+                far = socket.create_connection(self.target)
+                self.pairs += [near, far]
+                self.run(self.copy, near, far)
+                self.run(self.copy, far, near)
+
+    def copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        self.open = False
+        for end in self.pairs:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self.open = True
+
+    def close(self) -> None:
+        self.cut()
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for thread in self.threads:
+            thread.join()
+        for end in self.pairs:
+            end.close()
+
+
+@pytest.fixture
+def wire(service: Running) -> Iterator[Wire]:
+    wire = Wire(service.url)
+    yield wire
+    wire.close()
+
+
+class Device:
+    """A browser of a user: pages share its cookie and storage; nothing may go wrong unseen in any of them."""
+
+    def __init__(self, context: BrowserContext, url: str) -> None:
+        self.context, self.url, self.faults = context, url, []
+        context.on("page", self.watch)
+
+    def watch(self, page: Page) -> None:
+        page.on("console", lambda said: said.type == "error" and self.faults.append(said.text))
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("request", self.check_origin)
+
+    def check_origin(self, request: Any) -> None:
+        if not request.url.startswith((self.url + "/", "data:", "about:")):
+            self.faults.append(f"asked another origin: {request.url}")
+
+    def open(self, path: str = "/") -> Page:
+        page = self.context.new_page()
+        page.goto(self.url + path)
+        return page
+
+    def open_live(self, path: str = "/") -> Page:
+        page = self.open(path)
+        expect(page.locator("#live")).to_have_text("Live")
+        return page
+
+
+@pytest.fixture
+def device(browser: Browser, service: Running, sign_in: Callable[..., str]) -> Iterator[Callable[..., Device]]:
+    """Devices of a user (None: of nobody); at the end each must have been free of faults."""
+    devices: list[Device] = []
+
+    def make(user: str | None = "alice", admin: bool = False, url: str = "", **options: Any) -> Device:
+        options = {"viewport": {"width": 1280, "height": 900}, "locale": "en"} | options
+        context = browser.new_context(**options)
+        context.set_default_timeout(10_000)
+        url = url or service.url
+        if user:
+            session = sign_in(user, admin=admin)
+            context.add_cookies([{"name": app.COOKIE, "value": session, "url": url}])
+        devices.append(Device(context, url))
+        return devices[-1]
+
+    yield make
+    for one in devices:
+        one.context.close()
+    faults = [fault for one in devices for fault in one.faults]
+    assert not faults
+
+
+def lines(page: Page) -> Locator:
+    return page.locator("#list > li")
+
+
+def titles(page: Page) -> list[str]:
+    return page.locator("#list h2").all_inner_texts()
+
+
+def shows_count(page: Page, count: int) -> None:
+    """Title, heading and list agree about how many are unread."""
+    expect(page).to_have_title(re.compile(rf"^\({count}\) " if count else r"^[^(]"), timeout=WITHIN_A_SECOND)
+    expect(page.locator("h1 .count")).to_have_text(str(count or ""), timeout=WITHIN_A_SECOND)
+
+
+def unread(client: httpx.Client) -> int:
+    return client.get("/api/unread-count").json()["unread_count"]
+
+
+def link_token(service: Running, user: str) -> str:
+    return app.make_token(service.service.gate.link_key, user, app.timedelta(minutes=5))
+
+
+def fill_inbox(post: Post) -> list[dict[str, Any]]:
+    """A morning in a small team."""
+    told = [
+        ("release.notes", "info", "What is new in November", "Digests can now collect for a day.", None),
+        ("invoice.paid", "success", "Invoice 2026-1184 has been paid", "Kim & Partners, 4,320.00 EUR", "/invoices/1184"),
+        ("comment.created", "info", "Jonas mentioned you in “Trade fair booth”", "The printer needs the logo as SVG by Friday.", "/docs/fair"),
+        ("report.ready", "info", "Weekly numbers are ready", "Visitors up 8 %, refunds down to 1.2 %.", "/reports/47"),
+        ("disk.almost_full", "warning", "db-2 has 9 % of its disk left", "At this rate it is full on Thursday morning.", None),
+        ("deploy.finished", "success", "shop 2.14 is live", "412 tests passed, no errors in the first minutes.", "https://ci.example.com/runs/5512"),
+        ("comment.created", "warning", "Mina asked you to review “Autumn pricing”", "I moved the volume discount to the second table, could you check the numbers for Korea?", "/docs/pricing"),
+        ("payment.failed", "critical", "Payment provider rejects every card", "The last 31 checkouts got a 402. Orders are kept and will be charged again.", "https://status.example.com/8812"),
+    ]  # fmt: skip
+    names = ("event_name", "severity", "title", "body", "target_url")
+    return [post(**dict(zip(names, one, strict=True))) for one in told]
+
+
+# ── how it looks
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_accessible(device: Callable[..., Device], post: Post, scheme: str, width: int) -> None:
+    sent = fill_inbox(post)
+    options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+    insider, stranger = device(admin=True, **options), device(None, **options)
+    inside = ["/", "/?unread=1", "/?archived=1", f"/n/{sent[-1]['id']}", "/preferences", "/admin"]
+    seen = [insider.open(path) for path in inside] + [stranger.open("/login"), stranger.open("/unsubscribe/nothing")]
+    for page in seen:
+        page.wait_for_load_state()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), page.url
+        violations = Axe().run(page).response["violations"]
+        assert not violations, (page.url, [(v["id"], v["nodes"][0]["html"]) for v in violations])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_opens_on_a_page_is_accessible_too(device: Callable[..., Device], post: Post, scheme: str) -> None:
+    fill_inbox(post)
+    page = device(color_scheme=scheme).open_live()
+    page.keyboard.press("j")
+    page.keyboard.press("e")
+    expect(page.locator("#toast")).to_contain_text("Archived")
+    assert not Axe().run(page).response["violations"]
+    page.get_by_role("button", name="Keyboard shortcuts").click()
+    assert not Axe().run(page).response["violations"]
+
+
+def test_a_missing_page_says_so_accessibly(device: Callable[..., Device]) -> None:
+    reader = device()
+    page = reader.open("/n/01890000-0000-7000-8000-000000000000")
+    expect(page.locator("h1")).to_have_text("Nothing at this address")
+    assert not Axe().run(page).response["violations"]
+    assert [fault for fault in reader.faults if "404" not in fault] == []
+    reader.faults.clear()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nothing_overflows_the_smallest_screen(device: Callable[..., Device], post: Post, api: httpx.Client, language: str) -> None:
+    sent = fill_inbox(post)
+    api.put("/api/users/alice", json={"locale": language})
+    phone = device(admin=True, viewport={"width": 320, "height": 600})
+    for path in ("/", f"/n/{sent[0]['id']}", "/preferences", "/admin", "/login"):
+        page = phone.open(path)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+        if path != "/login":
+            assert page.locator("html").get_attribute("lang") == language
+        page.close()
+
+
+def test_no_language_lacks_a_word_or_a_placeholder() -> None:
+    words = {code: json.loads((app.HERE / "templates" / "words" / f"{code}.json").read_text()) for code in LANGUAGES}
+    assert LANGUAGES == ["de", "en", "fr", "hi", "id", "ko"]
+    for code, texts in words.items():
+        assert set(texts) == set(words["en"]), code
+        for key, text in texts.items():
+            assert text.strip(), (code, key)
+            places = re.findall(r"\{\w+\}", text)
+            assert sorted(places) == sorted(re.findall(r"\{\w+\}", words["en"][key])), (code, key)
+
+
+def test_every_word_a_template_asks_for_exists_and_none_is_idle() -> None:
+    folder = app.HERE / "templates"
+    texts = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".html", ".js"))
+    known = json.loads((folder / "words" / "en.json").read_text())
+    mine = ("page.", "js.", "inbox.", "prefs.", "admin.", "login.", "unsubscribe.", "error.")
+    asked = set(re.findall(r'["\']((?:%s)[a-z_.]+[a-z])["\']' % "|".join(mine).replace(".", r"\."), texts))
+    plural = {key.removesuffix(".one").removesuffix(".other") for key in known}
+    assert asked - plural == set()
+    stems = set(re.findall(r'["\'](?:[a-z]+\.)+[a-z_]*["\'] ?[~+]|(?<=["\'])js\.(?=" ?\+)', texts))
+    built = ("js.severity.", "js.channel.", "page.status.", "page.reason.", "error.", "inbox.", "prefs.", "js.send", "js.skip")
+    idle = {key for key in plural - asked if key.startswith(mine) and not key.startswith(built)}
+    assert idle - {"page.language"} == set(), stems
+
+
+def test_the_whole_inbox_page_weighs_at_most_40_kilobytes(device: Callable[..., Device], post: Post) -> None:
+    for number in range(30):
+        post(title=f"Mina commented on page {number}", body="Could you check the numbers for Korea?", target_url="/docs/1")
+    sizes: dict[str, int] = {}
+    reader = device()
+    page = reader.context.new_page()
+    kinds = ("document", "stylesheet", "script")
+    page.on("response", lambda reply: sizes.update({reply.url: len(reply.body())} if reply.request.resource_type in kinds else {}))
+    page.goto(reader.url)
+    expect(page.locator("#live")).to_have_text("Live")
+    assert len(sizes) == 3
+    assert sum(sizes.values()) <= 40 * 1024, sizes
+
+
+def test_assets_are_cached_for_a_year_and_no_script_is_inline(service: Running, alice: httpx.Client, sign_in: Callable[..., str]) -> None:
+    with httpx.Client(base_url=service.url, cookies={app.COOKIE: sign_in("alice")}) as reader:
+        page = reader.get("/")
+        assert "unsafe" not in page.headers["content-security-policy"]
+        assert not re.search(r"\son\w+=|\sstyle=|<style|javascript:", page.text)
+        for script in re.findall(r"<script[^>]*>", page.text):
+            assert "src=" in script or "application/json" in script
+        for path in re.findall(r'"(/assets/[^"]+)"', page.text):
+            reply = reader.get(path)
+            assert "max-age=31536000" in reply.headers["cache-control"], path
+            assert reply.status_code == 200
+
+
+def test_motion_stops_for_those_who_ask_and_paper_has_no_buttons(device: Callable[..., Device], post: Post) -> None:
+    fill_inbox(post)
+    page = device(reduced_motion="reduce").open_live()
+    post(title="Fresh")
+    expect(page.locator("li.fresh")).to_have_css("animation-name", "none")
+    page.emulate_media(media="print")
+    expect(page.get_by_role("button", name="Mark all read")).to_be_hidden()
+    expect(lines(page).first).to_be_visible()
+
+
+def test_severity_is_told_by_word_and_sign_not_by_colour_alone(device: Callable[..., Device], post: Post) -> None:
+    for severity in ("info", "success", "warning", "critical"):
+        post(severity=severity)
+    page = device().open_live()
+    assert page.locator("#list b").all_text_contents() == ["Critical", "Warning", "Success", "Info"]
+    signs = page.eval_on_selector_all("#list b", "all => all.map(b => getComputedStyle(b, '::before').maskPosition)")
+    assert len(set(signs)) == 4
+
+
+# ── live
+
+
+def test_a_new_notification_shows_on_every_tab_and_device_within_a_second(
+    device: Callable[..., Device], post: Post, alice: httpx.Client
+) -> None:
+    laptop, phone = device(), device(viewport={"width": 375, "height": 700})
+    pages = [laptop.open_live(), laptop.open_live("/?unread=1"), phone.open_live()]
+    for number in range(1, 4):
+        post(title=f"News {number}")
+        for page in pages:
+            expect(page.locator("#list h2").first).to_have_text(f"News {number}", timeout=WITHIN_A_SECOND)
+            shows_count(page, number)
+        assert unread(alice) == number
+
+
+def test_what_is_read_in_one_place_is_read_everywhere(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
+    for number in range(5):
+        post(title=f"News {number}")
+    laptop, phone = device(), device()
+    here, there, elsewhere = laptop.open_live(), laptop.open_live("/preferences"), phone.open_live()
+    lines(here).nth(1).hover()
+    here.get_by_role("button", name="Mark read: News 3").click()
+    for page in (here, elsewhere):
+        shows_count(page, 4)
+        expect(lines(page).nth(1)).not_to_have_class(re.compile("new"), timeout=WITHIN_A_SECOND)
+    expect(there.locator("header .count")).to_have_text("4", timeout=WITHIN_A_SECOND)
+    assert unread(alice) == 4
+    lines(elsewhere).nth(1).hover()
+    elsewhere.get_by_role("button", name="Mark unread: News 3").click()
+    shows_count(here, 5)
+    alice.patch("/api/notifications", json={"all": True})
+    for page in (here, elsewhere):
+        shows_count(page, 0)
+    assert unread(alice) == 0
+
+
+def test_only_one_tab_of_a_browser_holds_a_stream(device: Callable[..., Device], service: Running) -> None:
+    laptop = device()
+    pages = [laptop.open_live() for _ in range(7)]
+    shows_count(pages[0], 0)
+    pages[-1].close()
+    for page in pages[:-1]:
+        expect(page.locator("#live")).to_have_text("Live")
+
+
+def test_another_tab_takes_over_when_the_one_with_the_stream_closes(device: Callable[..., Device], post: Post) -> None:
+    laptop = device()
+    first, second = laptop.open_live(), laptop.open_live()
+    second.close()
+    expect(first.locator("#live")).to_have_text("Live")
+    eventually(lambda: post(title="Still here") and first.wait_for_timeout(200) is None and "Still here" in titles(first))
+
+
+def test_a_cut_connection_is_told_discreetly_and_nothing_is_missed(
+    device: Callable[..., Device], post: Post, wire: Wire
+) -> None:
+    reader = device(url=wire.url)
+    page = reader.open_live()
+    wire.cut()
+    expect(page.locator("#live")).to_have_text(re.compile("Connection lost"))
+    for number in range(3):
+        post(title=f"Meanwhile {number}")
+    wire.mend()
+    expect(page.locator("#live")).to_have_text("Live", timeout=15_000)
+    expect(lines(page)).to_have_count(3)
+    assert titles(page) == ["Meanwhile 2", "Meanwhile 1", "Meanwhile 0"]
+    shows_count(page, 3)
+    post(title="And on")
+    expect(page.locator("#list h2").first).to_have_text("And on", timeout=WITHIN_A_SECOND)
+    reader.faults.clear()  # the browser itself complains about the cut
+
+
+def test_without_a_stream_the_page_asks_every_30_seconds(device: Callable[..., Device], post: Post) -> None:
+    reader = device()
+    reader.context.route("**/api/stream", lambda route: route.abort())
+    page = reader.context.new_page()
+    page.clock.install()
+    page.goto(reader.url)
+    expect(page.locator("#live")).to_have_text(re.compile("Connection lost"))
+    post(title="By asking")
+    page.clock.run_for(31_000)
+    expect(page.locator("#list h2").first).to_have_text("By asking")
+    reader.context.unroute("**/api/stream")
+    page.clock.run_for(60_000)
+    expect(page.locator("#live")).to_have_text("Live")
+    reader.faults.clear()
+
+
+def test_a_tab_that_slept_catches_up_when_it_wakes(device: Callable[..., Device], post: Post) -> None:
+    reader = device()
+    reader.context.add_init_script(HIDEABLE)
+    page = reader.open_live()
+    reader.context.route("**/api/**", lambda route: route.abort())
+    page.evaluate("hide(true)")
+    post(title="While asleep")
+    page.wait_for_timeout(300)
+    assert titles(page) == []
+    reader.context.unroute("**/api/**")
+    page.evaluate("hide(false)")
+    expect(page.locator("#list h2").first).to_have_text("While asleep", timeout=WITHIN_A_SECOND)
+    reader.faults.clear()
+
+
+# ── reading and tidying up
+
+
+def test_mark_all_read_spares_what_the_reader_has_not_seen(
+    device: Callable[..., Device], post: Post, alice: httpx.Client
+) -> None:
+    post(title="Seen")
+    reader = device()
+    page = reader.open_live()
+    expect(lines(page)).to_have_count(1)
+    reader.context.route("**/api/notifications?*", lambda route: route.abort())
+    unseen = post(title="Not seen yet")
+    page.get_by_role("button", name="Mark all read").click()
+    expect(page.locator("#toast")).to_have_text("1 notification marked read")
+    left = alice.get("/api/notifications?unread=1").json()["notifications"]
+    assert [n["id"] for n in left] == [unseen["id"]]
+    reader.faults.clear()
+
+
+def test_archiving_can_be_undone(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
+    post(title="Keep")
+    page = device().open_live()
+    lines(page).first.hover()
+    page.get_by_role("button", name="Archive: Keep").click()
+    expect(lines(page)).to_have_count(0)
+    expect(page.locator("#empty")).to_be_visible()
+    shows_count(page, 0)
+    page.get_by_role("button", name="Undo").click()
+    expect(lines(page)).to_have_count(1)
+    shows_count(page, 1)
+    assert unread(alice) == 1
+
+
+def test_the_archive_gives_back(device: Callable[..., Device], post: Post) -> None:
+    post(title="Old")
+    reader = device()
+    page = reader.open_live()
+    page.keyboard.press("j")
+    page.keyboard.press("e")
+    expect(page.locator("#toast")).to_contain_text("Archived")
+    page = reader.open_live("/?archived=1")
+    assert titles(page) == ["Old"]
+    lines(page).first.hover()
+    page.get_by_role("button", name="Move to inbox: Old").click()
+    expect(lines(page)).to_have_count(0)
+    assert titles(reader.open_live()) == ["Old"]
+
+
+def test_load_more_shows_every_notification_once(device: Callable[..., Device], post: Post) -> None:
+    for number in range(70):
+        post(title=f"News {number}")
+    page = device().open_live()
+    expect(lines(page)).to_have_count(30)
+    post(title="News 70")
+    for shown in (60, 71):
+        page.get_by_role("button", name="Load more").click()
+        expect(lines(page)).to_have_count(shown)
+    expect(page.get_by_role("button", name="Load more")).to_be_hidden()
+    assert titles(page) == [f"News {number}" for number in range(70, -1, -1)]
+
+
+def test_following_a_link_marks_its_notification_read(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
+    post(title="To the preferences", target_url="/preferences")
+    page = device().open_live()
+    page.get_by_role("link", name="To the preferences").click()
+    expect(page.locator("h1")).to_have_text("Preferences")
+    assert eventually(lambda: unread(alice) == 0)
+
+
+def test_the_outbox_strip_sends_or_skips_what_is_about_to_leave(
+    device: Callable[..., Device], post: Post, api: httpx.Client, alice: httpx.Client
+) -> None:
+    api.put("/api/users/alice", json={"email": "alice@example.com"})
+    alice.patch("/api/preferences", json={"email_enabled": True, "digest_minutes": 30})
+    page = device().open_live()
+    for number in range(5):
+        post(title=f"News {number}", severity="warning", batch_key="comments")
+    strip = page.locator("#outbox li")
+    expect(strip).to_contain_text("E-mail digest · 5 notifications · leaves", timeout=3_000)
+    strip.get_by_role("button", name="Skip").click()
+    expect(strip).to_have_count(0)
+    assert alice.get("/api/outbox").json()["outbox"] == []
+
+
+def test_time_is_an_age_with_the_exact_moment_on_hover(device: Callable[..., Device], post: Post) -> None:
+    post()
+    page = device(timezone_id="Asia/Seoul").open_live()
+    moment = page.locator("#list time")
+    expect(moment).to_have_text("now")
+    assert re.search(r"\w+, \w+ \d+, \d{4} at \d+:\d\d", moment.get_attribute("title") or "")
+
+
+def test_the_favicon_carries_the_count(device: Callable[..., Device], post: Post) -> None:
+    page = device().open_live()
+    post()
+    icon = page.locator("link[rel=icon]")
+    expect(icon).to_have_attribute("href", re.compile("^data:image/svg"), timeout=WITHIN_A_SECOND)
+
+
+# ── keyboard
+
+
+def test_everything_works_by_keyboard_alone(device: Callable[..., Device], service: Running, post: Post, alice: httpx.Client) -> None:
+    for title in ("Third", "Second", "First"):
+        post(title=title)
+    page = device(None).open("/login")
+    focus_by_tab(page, "#link")
+    page.keyboard.type(f"{service.url}/login#token={link_token(service, 'alice')}")
+    page.keyboard.press("Enter")
+    expect(page.locator("#live")).to_have_text("Live")
+    for key, focused in (("j", "First"), ("j", "Second"), ("j", "Third"), ("k", "Second")):
+        page.keyboard.press(key)
+        expect(page.locator("#list > li:focus h2")).to_have_text(focused)
+    page.keyboard.press("u")
+    shows_count(page, 2)
+    page.keyboard.press("u")
+    shows_count(page, 3)
+    page.keyboard.press("e")
+    expect(lines(page)).to_have_count(2)
+    expect(page.locator("#list > li:focus h2")).to_have_text("Third")
+    page.keyboard.press("Enter")
+    expect(page.locator("article h1")).to_have_text("Third")
+    assert eventually(lambda: unread(alice) == 1)
+    focus_by_tab(page, "header nav a[href='/preferences']")
+    page.keyboard.press("Enter")
+    focus_by_tab(page, "input[name=email_enabled]")
+    page.keyboard.press("Space")
+    expect(page.locator("#toast")).to_have_text("Saved")
+    assert alice.get("/api/preferences").json()["preferences"]["email_enabled"]
+
+
+def focus_by_tab(page: Page, selector: str) -> None:
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("wanted => document.activeElement.matches(wanted)", selector):
+            return
+    raise AssertionError(f"Tab never reaches {selector}")
+
+
+def test_shortcuts_have_a_help_and_can_be_switched_off(device: Callable[..., Device], post: Post) -> None:
+    post()
+    reader = device()
+    page = reader.open_live()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog")).to_contain_text("Next notification")
+    page.get_by_label("Use keyboard shortcuts").uncheck()
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    expect(page.locator("#list > li:focus")).to_have_count(0)
+    page.keyboard.press("Tab")
+    expect(page.locator(":focus")).to_have_count(1)
+
+
+def test_the_first_stop_of_the_tab_key_skips_to_the_content(device: Callable[..., Device]) -> None:
+    page = device().open_live()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("main")).to_be_focused()
+
+
+# ── hostile text
+
+SCRIPT = "document.documentElement.dataset.broken = 1"
+HOSTILE = [
+    f"<script>{SCRIPT}</script>", f"</script><script>{SCRIPT}</script>", f"<img src=x onerror='{SCRIPT}'>",
+    f'"><img src=x onerror="{SCRIPT}">', f"'><svg onload='{SCRIPT}'>", f"<svg/onload={SCRIPT.replace(' ', '')}>",
+    f"<iframe srcdoc='<script>parent.{SCRIPT}</script>'>", "<a href=javascript:alert(1)>x</a>", "javascript:alert(1)",
+    "JaVaScRiPt:alert(1)", "java\u200bscript:alert(1)", "data:text/html,<script>alert(1)</script>",
+    "vbscript:msgbox(1)", "{{ 7 * 7 }}", "{% raw %}{{ w }}{% endraw %}", "${7 * 7}", "#{7 * 7}", "<%= 7 * 7 %>",
+    "{{ config.__class__.__mro__ }}", "&lt;b&gt;bold&lt;/b&gt;", "&#60;script&#62;", "&amp;&amp;", "<!-- comment",
+    "--><b>out</b>", "<![CDATA[x]]>", "]]>", "<b>bold</b>", "</li></ol></main><h1>gone", "</title><h1>x",
+    "<base href='//evil.example'>", "<meta http-equiv=refresh content='0;url=//evil.example'>",
+    "<form action=//evil.example><button>x", "<input autofocus onfocus=alert(1)>", "<style>*{display:none}</style>",
+    "<link rel=stylesheet href=//evil.example>", "<template><b>x</b></template>", "<math><mi xlink:href='javascript:1'>",
+    "'; DROP TABLE notifications; --", "\\'; alert(1); //", "\\u003cscript\\u003e", "%3Cscript%3E", "+ADw-script+AD4-",
+    "a" * 200, "ﷺ" * 40, "👩‍👩‍👧‍👦" * 15, "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘!",
+    "\u202emoc.elpmaxe\u202c", "\u2066isolated\u2069", "مرحبا بالعالم", "שלום עולם", "  spaces   inside  ",
+    "tab\tinside", "line\u2028separator\u2029paragraph", "\ufeffbom", "\u200d\u200c\u200b zero width",
+    "constructor", "__proto__", "[object Object]", "undefined", "null", "NaN", "(1) Inbox", "%s %d %n",
+]  # fmt: skip
+
+
+def test_hostile_text_stays_text(device: Callable[..., Device], post: Post) -> None:
+    assert len(HOSTILE) >= 60
+    sent = [post(title=text, body=text, event_name=text[:120].strip()) for text in HOSTILE]
+    reader = device()
+    page = reader.open_live()
+    page.get_by_role("button", name="Load more").click()
+    expect(lines(page)).to_have_count(60)
+    page.get_by_role("button", name="Load more").click()
+    expect(lines(page)).to_have_count(len(HOSTILE))
+    shown = page.eval_on_selector_all("#list h2 a", "all => all.map(link => link.textContent)")
+    assert shown == [n["title"] for n in reversed(sent)]
+    check_nothing_broke(page)
+    listed = reader.open_live()  # now as the server draws them
+    assert listed.eval_on_selector_all("#list h2 a", "all => all.map(link => link.textContent)") == shown[:30]
+    check_nothing_broke(listed)
+    for notification in sent[::10]:
+        single = reader.open_live(f"/n/{notification['id']}")
+        assert single.locator("h1").text_content() == notification["title"]
+        assert single.locator(".body").text_content() == notification["body"]
+        check_nothing_broke(single)
+        single.close()
+    check_nothing_broke(reader.open_live("/preferences"))
+
+
+def check_nothing_broke(page: Page) -> None:
+    assert page.locator("html").get_attribute("data-broken") is None
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.locator("main img, main iframe, main script, main style, main base, main meta").count() == 0
+    links = page.eval_on_selector_all("a", "all => all.map(link => link.protocol)")
+    assert set(links) <= {"http:", "https:"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "javascript:alert(1)", "JAVASCRIPT:alert(1)", "\tjavascript:alert(1)", "java\nscript:alert(1)", "//evil.example",
+        "/\\evil.example", "\\\\evil.example", "/\t/evil.example", "data:text/html,x", "vbscript:x", "mailto:x@y.z",
+        "https:\\\\evil.example", "file:///etc/passwd", "blob:x", " javascript:alert(1)", "x", "",
+    ],
+)  # fmt: skip
+def test_a_bad_address_never_becomes_a_link(
+    device: Callable[..., Device], post: Post, sql: Callable[..., Any], target: str
+) -> None:
+    own = post(title="Trap", target_url="/fine")
+    sql("UPDATE notifications SET target_url = %s", target)  # as if it had slipped through the door
+    reader = device()
+    page = reader.context.new_page()
+    page.route("**/*.js", lambda route: route.abort())
+    page.goto(reader.url)
+    assert page.locator("#list h2 a").get_attribute("href") == f"/n/{own['id']}"
+    page = reader.open_live()
+    expect(page.locator("#list small a")).to_have_count(1)
+    assert page.locator("#list h2 a").get_attribute("href") == f"/n/{own['id']}"
+    page = reader.open_live(f"/n/{own['id']}")
+    expect(page.locator("article a")).to_have_count(0)
+    reader.faults.clear()
+
+
+# ── one notification, signing in
+
+
+def test_a_mail_link_asks_for_sign_in_then_lands_and_marks_read(
+    device: Callable[..., Device], service: Running, post: Post, alice: httpx.Client
+) -> None:
+    sent = post(title="From a mail", target_url="https://example.com/order")
+    reader = device(None)
+    page = reader.open(f"/n/{sent['id']}")
+    expect(page.locator("h1")).to_have_text("Sign in")
+    assert unread(alice) == 1
+    page = reader.open(f"/login#token={link_token(service, 'alice')}")  # the link that the reader asked for
+    expect(page.locator("article h1")).to_have_text("From a mail")
+    assert page.url == f"{service.url}/n/{sent['id']}"
+    expect(page.get_by_role("link", name="Open on example.com")).to_have_attribute("href", "https://example.com/order")
+    assert eventually(lambda: unread(alice) == 0)
+
+
+@pytest.mark.parametrize("wish", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)", "/login"])
+def test_signing_in_leads_nowhere_else(device: Callable[..., Device], service: Running, wish: str) -> None:
+    page = device(None).open(f"/login?next={wish}#token={link_token(service, 'alice')}")
+    expect(page.locator("h1")).to_contain_text("Inbox")
+    assert page.url == service.url + "/"
+
+
+def test_the_token_does_not_stay_in_the_address_bar(device: Callable[..., Device]) -> None:
+    reader = device(None)
+    page = reader.open("/login#token=worthless")
+    expect(page.locator("#login-says")).to_contain_text("expired")
+    assert page.url == reader.url + "/login"
+    assert page.evaluate("history.length") <= 2
+    reader.faults.clear()  # the browser reports the 401
+
+
+def test_signing_out_ends_it(device: Callable[..., Device]) -> None:
+    reader = device()
+    page = reader.open_live()
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.locator("h1")).to_have_text("Sign in")
+    expect(reader.open("/").locator("h1")).to_have_text("Sign in")
+
+
+def test_one_notification_can_be_marked_unread_and_archived(
+    device: Callable[..., Device], post: Post, alice: httpx.Client
+) -> None:
+    sent = post(title="One")
+    page = device().open_live(f"/n/{sent['id']}")
+    page.get_by_role("button", name="Mark unread").click()
+    assert eventually(lambda: unread(alice) == 1)
+    page.get_by_role("button", name="Archive").click()
+    expect(page.get_by_role("button", name="Move to inbox")).to_be_visible()
+    assert alice.get("/api/notifications").json()["notifications"] == []
+
+
+# ── preferences
+
+
+def test_every_preference_is_saved_at_once(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
+    post(event_name="comment.created")
+    page = device().open_live("/preferences")
+
+    def now() -> dict[str, Any]:
+        return alice.get("/api/preferences").json()["preferences"]
+
+    page.get_by_role("switch", name="E-mail", exact=False).first.check()
+    assert eventually(lambda: now()["email_enabled"])
+    page.get_by_label("Send from").select_option("critical")
+    assert eventually(lambda: now()["min_severity"] == "critical")
+    page.get_by_label("Collect related mails").select_option("30")
+    assert eventually(lambda: now()["digest_minutes"] == 30)
+    page.get_by_label("Quiet hours").check()
+    assert eventually(lambda: now()["quiet_from"] == "22:00" and now()["quiet_to"] == "07:00")
+    page.get_by_label("From", exact=True).fill("23:30")
+    assert eventually(lambda: now()["quiet_from"] == "23:30")
+    page.get_by_label("Time zone").select_option("Asia/Seoul")
+    assert eventually(lambda: now()["timezone"] == "Asia/Seoul")
+    page.get_by_label("comment.created: Push").uncheck()
+    assert eventually(lambda: now()["events"].get("comment.created", {}).get("push") is False)
+    page.get_by_label("Language", exact=True).select_option("de")
+    expect(page.locator("h1")).to_have_text("Einstellungen")
+    expect(page.get_by_label("comment.created: Push")).not_to_be_checked()
+    expect(page.locator("input[name=quiet_from]")).to_have_value("23:30")
+
+
+def test_the_language_follows_the_browser_until_one_is_chosen(device: Callable[..., Device], alice: httpx.Client) -> None:
+    page = device(None, locale="ko-KR").open("/login")
+    assert page.locator("html").get_attribute("lang") == "ko"
+
+
+# ── alerts and push
+
+
+def test_alerts_are_asked_for_only_by_a_click_and_come_once_while_hidden(device: Callable[..., Device], post: Post) -> None:
+    reader = device(permissions=["notifications"])
+    reader.context.add_init_script(HIDEABLE)
+    pages = [reader.open_live(), reader.open_live()]
+    shown = "async () => (await (await navigator.serviceWorker.ready).getNotifications()).map(n => n.title)"
+    pages[0].get_by_role("button", name="Browser alerts").click()
+    expect(pages[0].locator("#toast")).to_contain_text("alerts are on")
+    post(title="In view")
+    for page in pages:
+        expect(page.locator("#list h2").first).to_have_text("In view")
+    pages[0].wait_for_timeout(600)
+    assert pages[0].evaluate(shown) == []
+    for page in pages:
+        page.evaluate("hide(true)")
+    sent = post(title="Out of view", severity="info")
+    assert eventually(lambda: pages[0].evaluate(shown) == ["Out of view"] or pages[0].wait_for_timeout(50))
+    pages[0].wait_for_timeout(600)
+    assert pages[0].evaluate(shown) == ["Out of view"]
+    other = device().open_live()
+    lines(other).first.hover()
+    other.get_by_role("button", name="Mark read: Out of view").click()
+    assert eventually(lambda: pages[0].evaluate(shown) == [] or pages[0].wait_for_timeout(50)), sent
+
+
+def push(page: Page, reader: Device, message: dict[str, Any]) -> None:
+    """Deliver a decrypted push message to the page's service worker, as the browser would."""
+    session = reader.context.new_cdp_session(page)
+    workers: list[dict[str, Any]] = []
+    session.on("ServiceWorker.workerRegistrationUpdated", lambda event: workers.extend(event["registrations"]))
+    session.send("ServiceWorker.enable")
+    eventually(lambda: workers or page.wait_for_timeout(20))
+    wanted = {"origin": reader.url, "registrationId": workers[0]["registrationId"], "data": json.dumps(message)}
+    session.send("ServiceWorker.deliverPushMessage", wanted)
+    session.detach()
+
+
+def test_a_push_is_shown_opens_its_item_and_goes_when_read_elsewhere(
+    device: Callable[..., Device], post: Post, alice: httpx.Client
+) -> None:
+    reader = device(permissions=["notifications"])
+    page = reader.open_live("/preferences")
+    page.evaluate("navigator.serviceWorker.register('/sw.js').then(() => navigator.serviceWorker.ready)")
+    sent = [post(title=f"Pushed {number}") for number in range(2)]
+    for one in sent:
+        push(page, reader, {"id": one["id"], "title": one["title"], "url": f"{reader.url}/n/{one['id']}", "tag": one["id"], "severity": "warning"})
+    shown = "async () => (await (await navigator.serviceWorker.ready).getNotifications()).map(n => n.title).sort()"
+    assert eventually(lambda: page.evaluate(shown) == ["Pushed 0", "Pushed 1"] or page.wait_for_timeout(50))
+    alice.patch("/api/notifications", json={"notification_id": sent[0]["id"]})
+    assert eventually(lambda: page.evaluate(shown) == ["Pushed 1"] or page.wait_for_timeout(50))
+    worker = reader.context.service_workers[0]
+    opened = worker.evaluate("""async () => {
+        const opened = [];
+        clients.openWindow = async (url) => { opened.push(url); };
+        const [notification] = await registration.getNotifications();
+        dispatchEvent(new NotificationEvent("notificationclick", { notification }));
+        await new Promise((done) => setTimeout(done, 300));
+        return [...opened, (await registration.getNotifications()).length];
+    }""")
+    assert opened == [f"{reader.url}/n/{sent[1]['id']}", 0]
+
+
+def test_a_push_cannot_open_another_site(device: Callable[..., Device]) -> None:
+    reader = device(permissions=["notifications"])
+    page = reader.open_live("/preferences")
+    page.evaluate("navigator.serviceWorker.register('/sw.js').then(() => navigator.serviceWorker.ready)")
+    push(page, reader, {"id": "x", "title": "Trap", "url": "https://evil.example/", "tag": "x", "severity": "info"})
+    shown = "async () => (await (await navigator.serviceWorker.ready).getNotifications()).map(n => n.data.url)"
+    assert eventually(lambda: page.evaluate(shown) == [reader.url + "/"] or page.wait_for_timeout(50))
+    reader.faults.clear()  # the worker asks for the unknown "x" and gets a 404
+
+
+def test_the_push_switch_connects_and_disconnects_this_browser(
+    device: Callable[..., Device], alice: httpx.Client, sql: Callable[..., Any]
+) -> None:
+    reader = device(permissions=["notifications"])
+    reader.context.add_init_script("""(() => {
+        const made = { endpoint: "https://push.example.com/1", toJSON: () => ({ endpoint: "https://push.example.com/1",
+            expirationTime: null, keys: { p256dh: %s, auth: "AAAAAAAAAAAAAAAAAAAAAA" } }),
+            unsubscribe: async () => { localStorage.plugged = ""; return true; } };
+        PushManager.prototype.subscribe = async () => { localStorage.plugged = "yes"; return made; };
+        PushManager.prototype.getSubscription = async () => localStorage.plugged ? made : null;
+    })()""" % json.dumps(alice.get("/api/push/key").json()["public_key"]))
+    page = reader.open_live("/preferences")
+    page.get_by_label("Push messages").check()
+    expect(page.locator("#browser")).to_contain_text("Connected: push messages arrive here.")
+    assert eventually(lambda: sql("SELECT count(*) FROM push_subscriptions")[0][0] == 1)
+    assert eventually(lambda: alice.get("/api/preferences").json()["preferences"]["push_enabled"])
+    page.get_by_role("button", name="Disconnect").click()
+    expect(page.locator("#browser")).to_contain_text("Not connected")
+    assert eventually(lambda: sql("SELECT count(*) FROM push_subscriptions")[0][0] == 0)
+
+
+# ── admin
+
+
+def test_an_admin_makes_and_revokes_keys_and_webhooks(device: Callable[..., Device], api: httpx.Client) -> None:
+    page = device(admin=True).open_live("/admin")
+    page.get_by_text("Add an API key").click()
+    page.get_by_label("Name").fill("<b>shop</b>")
+    page.locator("#api-keys ~ details").get_by_role("button", name="Add").click()
+    expect(page.locator("#secret-value")).to_have_text(re.compile("^bh_"))
+    page.get_by_role("button", name="Close").click()
+    row = page.locator("#api-keys li", has_text="<b>shop</b>")
+    row.get_by_role("button", name="Revoke").click()
+    page.get_by_role("button", name="Go ahead").click()
+    expect(row).to_have_count(0)
+    assert "<b>shop</b>" not in [key["name"] for key in api.get("/api/keys").json()["keys"]]
+    page.get_by_text("Add a webhook").click()
+    page.get_by_label("Address").fill("https://hooks.example.com/in")
+    page.get_by_label("Events, comma separated").fill("order.*, invoice.paid")
+    page.locator("#hooks ~ details").get_by_role("button", name="Add").click()
+    expect(page.locator("#secret-value")).to_have_text(re.compile("^whsec_"))
+    page.get_by_role("button", name="Close").click()
+    expect(page.locator("#hooks li")).to_contain_text("order.*, invoice.paid")
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Cancel").click()
+    assert len(api.get("/api/webhooks").json()["webhooks"]) == 1
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Go ahead").click()
+    expect(page.locator("#hooks li")).to_have_count(0)
+    assert api.get("/api/webhooks").json()["webhooks"] == []
+
+
+def fail_a_delivery(post: Post, api: httpx.Client, sql: Callable[..., Any]) -> None:
+    """A mail that five times found nobody."""
+    api.put("/api/users/alice", json={"email": "alice@example.com"})
+    api.patch("/api/users/alice/preferences", json={"email_enabled": True, "digest_minutes": 30})
+    post(title="Lost", severity="warning", batch_key="lost")
+    sql("UPDATE outbox SET state = 'failed', attempts = 5, finished_at = now()")
+    sql("UPDATE deliveries SET status = 'failed', last_error = '451 try <again> later'")
+
+
+def test_an_admin_sees_why_a_delivery_failed_and_retries_it(
+    device: Callable[..., Device], post: Post, api: httpx.Client, sql: Callable[..., Any]
+) -> None:
+    fail_a_delivery(post, api, sql)
+    page = device(admin=True).open_live("/admin")
+    expect(page.locator("#failed li")).to_contain_text("451 try <again> later")
+    page.locator("#failed li").get_by_role("button", name="Retry").click()
+    expect(page.locator("#toast")).to_have_text("Back in the queue")
+    expect(page.locator("#failed li")).to_have_count(0)
+    assert api.get("/api/deliveries?status=failed").json()["deliveries"] == []
+
+
+def test_only_admins_get_the_admin_page(device: Callable[..., Device]) -> None:
+    reader = device()
+    page = reader.open("/admin")
+    expect(page.locator("h1")).to_have_text("Not for this account")
+    expect(page.locator("nav a[href='/admin']")).to_have_count(0)
+    reader.faults.clear()  # the browser reports the 403
+
+
+# ── the widget
+
+
+def visit_shop(reader: Device, shop: Shop, service: Running, token: str, more: str = "") -> Page:
+    bell = f'<bellhop-bell base-url="{service.url}" {token}></bellhop-bell><script src="{service.url}/bell.js"></script>'
+    shop.body = SHOP % (bell + more)
+    page = reader.context.new_page()
+    page.goto(shop.url)
+    return page
+
+
+def test_the_widget_counts_marks_read_and_follows_live_on_another_site(
+    device: Callable[..., Device], shop: Shop, service: Running, post: Post, alice: httpx.Client, api: httpx.Client
+) -> None:
+    token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
+    post(title="Earlier")
+    reader = device(None)
+    page = visit_shop(reader, shop, service, f'token="{token}"')
+    bell = page.locator("bellhop-bell")
+    expect(bell.locator(".badge")).to_have_text("1")
+    post(title="Now")
+    expect(bell.locator(".badge")).to_have_text("2", timeout=WITHIN_A_SECOND)
+    bell.get_by_role("button", name="Notifications, 2 unread").click()
+    assert bell.locator("li strong").all_inner_texts() == ["Now", "Earlier"]
+    bell.get_by_role("button", name="Mark read: Earlier").click()
+    expect(bell.locator(".badge")).to_have_text("1", timeout=WITHIN_A_SECOND)
+    assert unread(alice) == 1
+    bell.get_by_role("button", name="Mark all read").click()
+    expect(bell.locator(".badge")).to_have_text("", timeout=WITHIN_A_SECOND)
+    assert unread(alice) == 0
+    assert not [v for v in Axe().run(page, "bellhop-bell").response["violations"]]
+    page.keyboard.press("Escape")
+    expect(bell.locator(".panel")).to_be_hidden()
+    assert not [fault for fault in reader.faults if token in fault], "the token must not be in an address"
+    reader.faults[:] = [fault for fault in reader.faults if "another origin" not in fault]
+
+
+def test_no_style_leaks_into_the_widget_or_out_of_it(
+    device: Callable[..., Device], shop: Shop, service: Running, post: Post, api: httpx.Client
+) -> None:
+    token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
+    post(title="Mixed Case")
+    reader = device(None)
+    page = visit_shop(reader, shop, service, f'token="{token}"', '<p class="badge" id="host">host</p>')
+    page.locator("bellhop-bell .bell").click()
+    title = page.locator("bellhop-bell li strong")
+    expect(title).to_be_visible()
+    expect(title).to_have_css("text-transform", "none")
+    expect(title).not_to_have_css("color", "rgb(1, 2, 3)")
+    expect(page.locator("#own")).to_have_css("color", "rgb(1, 2, 3)")
+    expect(page.locator("#own")).to_have_css("position", "static")
+    page.evaluate("document.body.style.setProperty('--bellhop-background', 'rgb(9, 9, 9)')")
+    expect(page.locator("bellhop-bell .panel")).to_have_css("background-color", "rgb(9, 9, 9)")
+    reader.faults.clear()
+
+
+def test_the_widget_asks_its_site_for_a_new_token_when_one_expires(
+    device: Callable[..., Device], shop: Shop, service: Running, post: Post, api: httpx.Client
+) -> None:
+    token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
+    post(title="Behind a callback")
+    reader = device(None)
+    script = f"""<script>
+        const tokens = ["worthless", {json.dumps(token)}];
+        document.querySelector("bellhop-bell").getToken = async () => tokens.length > 1 ? tokens.shift() : tokens[0];
+    </script>"""
+    page = visit_shop(reader, shop, service, "", script)
+    expect(page.locator("bellhop-bell .badge")).to_have_text("1")
+    reader.faults.clear()  # the 401 and the other origin, both meant
+
+
+def test_the_widget_keeps_hostile_text_and_addresses_harmless(
+    device: Callable[..., Device], shop: Shop, service: Running, post: Post, api: httpx.Client, sql: Callable[..., Any]
+) -> None:
+    token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
+    sent = [post(title=text, body=text) for text in HOSTILE[:10]]
+    sql("UPDATE notifications SET target_url = 'javascript:alert(1)'")
+    reader = device(None)
+    page = visit_shop(reader, shop, service, f'token="{token}"')
+    page.locator("bellhop-bell .bell").click()
+    shown = page.eval_on_selector("bellhop-bell", "bell => [...bell.shadowRoot.querySelectorAll('li strong')].map(s => s.textContent)")
+    assert shown == [n["title"] for n in reversed(sent)]
+    links = page.eval_on_selector("bellhop-bell", "bell => [...bell.shadowRoot.querySelectorAll('li a')].map(a => a.protocol)")
+    assert set(links) == {"http:"}
+    assert page.locator("html").get_attribute("data-broken") is None
+    reader.faults.clear()
+
+
+# ── pictures for the README
+
+
+@pytest.mark.skipif(not os.environ.get("PICTURES"), reason="PICTURES names the folder for the README's pictures")
+def test_pictures(
+    device: Callable[..., Device], shop: Shop, service: Running, post: Post, api: httpx.Client, sql: Callable[..., Any]
+) -> None:
+    folder = Path(os.environ["PICTURES"])
+    folder.mkdir(parents=True, exist_ok=True)
+    fail_a_delivery(post, api, sql)
+    sql("DELETE FROM notifications WHERE false")
+    fill_inbox(post)
+    sql("UPDATE notifications SET read_at = now() WHERE id IN (SELECT id FROM notifications ORDER BY id LIMIT 6)")
+    for number in range(5):
+        post(title="x", severity="warning", batch_key="comments", event_name="comment.created")
+    sql("DELETE FROM notifications WHERE title = 'x' AND false")
+    api.post("/api/webhooks", json={"url": "https://hooks.example.com/in", "events": ["order.*"], "min_severity": "info"})
+    wide, tall = {"width": 1100, "height": 860}, {"width": 390, "height": 844}
+    for name, options in {
+        "inbox-light": {"viewport": wide}, "inbox-dark": {"viewport": wide, "color_scheme": "dark"},
+        "inbox-phone": {"viewport": tall, "device_scale_factor": 2},
+    }.items():  # fmt: skip
+        device(**options).open_live().screenshot(path=folder / f"{name}.png")
+    device(admin=True, viewport=wide).open_live("/admin").screenshot(path=folder / "admin.png")
+    token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
+    reader = device(None, viewport={"width": 760, "height": 560})
+    shop.body = SHOP.replace("* {", "x {").replace(".badge, .panel, li", "x") % (
+        f'<bellhop-bell base-url="{service.url}" token="{token}"></bellhop-bell><script src="{service.url}/bell.js"></script>'
+    )
+    page = reader.context.new_page()
+    page.goto(shop.url)
+    page.locator("bellhop-bell .bell").click()
+    expect(page.locator("bellhop-bell li").first).to_be_visible()
+    page.screenshot(path=folder / "widget.png")
+    reader.faults.clear()
