@@ -82,7 +82,7 @@ from litestar.datastructures import Cookie, State
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
-from litestar.openapi import OpenAPIConfig, ResponseSpec
+from litestar.openapi import OpenAPIConfig
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter, QueryParameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -105,9 +105,9 @@ WORDS: dict[str, dict[str, str]] = {
 # ═══ 1 · Settings ═════════════════════════════════════════════════════════════════════════════
 # Everything comes from the environment, is checked once at the start and never changes afterwards.
 
-Network = Any  # an ipaddress network, v4 or v6: a union that msgspec cannot read by itself
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
+MAIL_FROM = r"^([^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>)\Z"
 
 
 class StartError(Exception):
@@ -121,15 +121,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     home: str = "/var/lib/bellhop" if os.geteuid() == 0 else "~/.local/share/bellhop"
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    base_url: str = ""
+    base_url: Annotated[str, Meta(pattern=r"^(https?://[^/?#\s]+[^?#\s]*)?\Z")] = ""
     secret: str = ""
     demo: bool = False
-    admins: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
+    admins: list[str] = []
+    cors_origins: list[str] = []
     jwt_public_key: str = ""
     jwt_audience: str = ""
     proxy_user_header: str = ""
-    proxy_addresses: tuple[Network, ...] = ()
+    proxy_addresses: list[Any] = []  # networks
     delivery_concurrency: Count = 16
     lease_seconds: Seconds = 60
     poll_seconds: Seconds = 1
@@ -140,15 +140,19 @@ class Settings(Struct, frozen=True, kw_only=True):
     push_per_minute: Count = 20
     webhook_per_minute: Count = 60
     channel_timeout_seconds: Seconds = 25
-    smtp_url: str = ""
-    mail_from: str = ""
-    vapid_subject: str = ""
+    smtp_url: Annotated[str, Meta(pattern=r"^smtps?://\S+\Z")] = ""
+    mail_from: Annotated[str, Meta(pattern=MAIL_FROM)] = ""
+    vapid_subject: Annotated[str, Meta(pattern=r"^(mailto:|https://)\S+\Z")] = ""
     vapid_private_key: str = ""
-    outbound_allow: tuple[Network, ...] = ()
+    outbound_allow: list[Any] = []  # networks
     retention_days: Count = 90
     pool_size: Annotated[int, Meta(ge=2)] = 10
     url: str = ""
     api_key: str = ""
+
+
+def variable(field: str) -> str:
+    return "DATABASE_URL" if field == "database_url" else f"BELLHOP_{field.upper()}"
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -156,65 +160,52 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     variables = {variable(name): name for name in Settings.__struct_fields__}
     values: dict[str, Any] = {}
     for given in environ:
-        base = given.removesuffix("_FILE") if given not in variables else given
+        base = given if given in variables else given.removesuffix("_FILE")
         if base in variables and environ[given]:
             values[variables[base]] = read_setting(given, base, environ)
         elif given.startswith("BELLHOP_") and base not in variables:
             near = difflib.get_close_matches(given, variables, n=1)
             raise StartError(f"{given} is not a setting{f', did you mean {near[0]}?' if near else ''}")
     try:
-        settings = msgspec.convert(values, Settings, strict=False)
+        s = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         field, wanted = explain(error)
         raise StartError(f"{variable(field)} is wrong: {wanted}") from None
-    check_settings(settings)
-    base_url = settings.base_url or f"http://{url_host(settings.host)}:{settings.port}"
-    return msgspec.structs.replace(
-        settings,
-        home=str(Path(settings.home).expanduser().absolute()),
-        base_url=base_url.rstrip("/"),
-        vapid_subject=settings.vapid_subject or mail_contact(settings.mail_from),
-    )
-
-
-def variable(field: str) -> str:
-    """The environment variable of a field."""
-    return "DATABASE_URL" if field == "database_url" else f"BELLHOP_{field.upper()}"
+    check_settings(s)
+    base_url = (s.base_url or f"http://{url_host(s.host)}:{s.port}").rstrip("/")
+    subject = s.vapid_subject or (s.mail_from and f"mailto:{parseaddr(s.mail_from)[1]}")
+    home = str(Path(s.home).expanduser().absolute())
+    return msgspec.structs.replace(s, home=home, base_url=base_url, vapid_subject=subject)
 
 
 def read_setting(given: str, base: str, environ: Mapping[str, str]) -> Any:
     """The value of a variable: from its file when it ends in _FILE, split where it is a list."""
     value = environ[given]
-    if given != base:
-        if environ.get(base):
-            raise StartError(f"{base} and {given} are both set: keep one")
-        try:
+    if given != base and environ.get(base):
+        raise StartError(f"{base} and {given} are both set: keep one")
+    try:
+        if given != base:
             value = Path(value).read_text().rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StartError(f"{given} cannot be read: {error}") from None
-    if base in ("BELLHOP_PROXY_ADDRESSES", "BELLHOP_OUTBOUND_ALLOW"):
-        try:
-            return [ipaddress.ip_network(part.strip()) for part in value.split(",") if part.strip()]
-        except ValueError as error:
-            raise StartError(f"{base} is wrong: {error}") from None
-    if base in ("BELLHOP_ADMINS", "BELLHOP_CORS_ORIGINS"):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
+        if base not in (
+            "BELLHOP_ADMINS",
+            "BELLHOP_CORS_ORIGINS",
+            "BELLHOP_PROXY_ADDRESSES",
+            "BELLHOP_OUTBOUND_ALLOW",
+        ):
+            return value
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        return parts if base[8] in "AC" else [ipaddress.ip_network(part) for part in parts]
+    except (OSError, ValueError) as error:
+        raise StartError(f"{given} is wrong: {error}") from None
 
 
 def check_settings(s: Settings) -> None:
-    """Refuse what is unsafe or cannot work; each line is a condition and the words for it."""
-    mail = re.fullmatch(r"[^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>", s.mail_from)
-    refusals = [
+    """Refuse what is unsafe or cannot work together."""
+    proxy = bool(s.proxy_user_header) != bool(s.proxy_addresses)
+    for refused, words in (
         (s.secret and len(s.secret.encode()) < 32, "BELLHOP_SECRET is too short: 32 bytes at least"),
-        (
-            s.demo and not is_loopback(s.host),
-            "BELLHOP_DEMO trusts everybody: it needs a loopback BELLHOP_HOST such as 127.0.0.1",
-        ),
-        (
-            bool(s.proxy_user_header) != bool(s.proxy_addresses),
-            "BELLHOP_PROXY_USER_HEADER and BELLHOP_PROXY_ADDRESSES go together",
-        ),
+        (s.demo and not is_loopback(s.host), "BELLHOP_DEMO trusts everybody: BELLHOP_HOST must be loopback"),
+        (proxy, "BELLHOP_PROXY_USER_HEADER and BELLHOP_PROXY_ADDRESSES go together"),
         (s.jwt_audience and not s.jwt_public_key, "BELLHOP_JWT_AUDIENCE needs BELLHOP_JWT_PUBLIC_KEY"),
         (
             s.lease_seconds < 2 * s.channel_timeout_seconds,
@@ -225,21 +216,7 @@ def check_settings(s: Settings) -> None:
             "BELLHOP_RETRY_MAX_SECONDS must not be below BELLHOP_RETRY_BASE_SECONDS",
         ),
         (s.smtp_url and not s.mail_from, "BELLHOP_SMTP_URL needs BELLHOP_MAIL_FROM"),
-        (s.mail_from and not mail, "BELLHOP_MAIL_FROM is wrong: an address is expected"),
-        (
-            s.smtp_url and not re.match(r"smtps?://[^/\s]+", s.smtp_url),
-            "BELLHOP_SMTP_URL is wrong: smtp://host:587 or smtps://host:465 is expected",
-        ),
-        (
-            s.base_url and not re.match(r"https?://[^/\s]+", s.base_url),
-            "BELLHOP_BASE_URL is wrong: http(s)://host is expected",
-        ),
-        (
-            s.vapid_subject and not re.match(r"mailto:.|https://.", s.vapid_subject),
-            "BELLHOP_VAPID_SUBJECT is wrong: mailto: or https:// is expected",
-        ),
-    ]
-    for refused, words in refusals:
+    ):
         if refused:
             raise StartError(words)
     if s.jwt_public_key:
@@ -247,32 +224,23 @@ def check_settings(s: Settings) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can reach the address."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
 def url_host(host: str) -> str:
-    """The address as a URL writes it."""
     return f"[{host}]" if ":" in host else host
-
-
-def mail_contact(mail_from: str) -> str:
-    """The sender's bare address as a mailto: URL, or nothing."""
-    return f"mailto:{mail_from.rpartition('<')[2].rstrip('>')}" if mail_from else ""
 
 
 def load_public_key(pem: str) -> tuple[Any, str]:
     """The identity provider's key and the one algorithm that goes with its kind."""
-    try:
+    with contextlib.suppress(ValueError):
         key = load_pem_public_key(pem.encode())
-    except ValueError:
-        key = None
-    if isinstance(key, RSAPublicKey):
-        return key, "RS256"
-    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
-        return key, "ES256"
+        if isinstance(key, RSAPublicKey):
+            return key, "RS256"
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
+            return key, "ES256"
     raise StartError("BELLHOP_JWT_PUBLIC_KEY is wrong: a PEM public key, RSA or EC P-256, is expected")
 
 
@@ -293,7 +261,7 @@ def create_private(path: Path, text: str) -> None:
     """Write a file that only its owner reads, whole or not at all; FileExistsError if it is there."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
     try:
         os.link(draft, path)
@@ -307,41 +275,37 @@ def derive(secret: str, purpose: str) -> bytes:
 
 
 # ═══ 2 · Types ════════════════════════════════════════════════════════════════════════════════
-# Requests are decoded strictly into these; answers are JSON that SQL built, named by these.
+# Requests are decoded strictly into these; answers are JSON that SQL built.
 
 UserId = Annotated[str, Meta(min_length=1, max_length=200)]
-PathUser = Annotated[str, PathParameter(min_length=1, max_length=200)]
+PathUser = Annotated[str, PathParameter(min_length=1, max_length=200, pattern=r"^[^\0]*\Z")]
 EventName = Annotated[str, Meta(min_length=1, max_length=120)]
+EventNames = Annotated[list[EventName], Meta(min_length=1, max_length=100)]
 Key = Annotated[str, Meta(min_length=1, max_length=255)]
 Severity = Literal["info", "success", "warning", "critical"]
 Channel = Literal["email", "push", "webhook"]
 Status = Literal["queued", "sent", "failed", "suppressed", "cancelled"]
 HttpUrl = Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+(?:[/?][^\s\\]*)?\Z")]
 # No user info, no backslash, no white space or control character; a path has one leading slash.
-TargetUrl = Annotated[
-    str,
-    Meta(
-        max_length=2000,
-        pattern=r"^(?:[hH][tT][tT][pP][sS]?://(?:[^\s\x00-\x20\x7f/\\?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?"
-        r"(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)\Z",
-    ),
-]
-EmailAddress = Annotated[
-    str,
-    Meta(
-        max_length=254, pattern=r"^[^\s\x00-\x20\x7f@<>()\[\],;:\\\"]+@[^\s\x00-\x20\x7f@<>()\[\],;:\\\"]+\Z"
-    ),
-]
+WEB_URL = r"[hH][tT][tT][pP][sS]?://(?:[^\s\x00-\x20\x7f/\\?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?"
+TARGET = rf"^(?:{WEB_URL}(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)\Z"
+TargetUrl = Annotated[str, Meta(max_length=2000, pattern=TARGET)]
+ADDRESS_PART = r"[^\s\x00-\x20\x7f@<>()\[\],;:\\\"]+"
+EmailAddress = Annotated[str, Meta(max_length=254, pattern=rf"^{ADDRESS_PART}@{ADDRESS_PART}\Z")]
 Clock = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d\Z")]
 Locale = Annotated[str, Meta(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*\Z", max_length=35)]
 TimeZone = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_+\-/]*\Z", max_length=64)]
 WANTED = {  # what a pattern means, by the field it guards
-    "target_url": "must be http(s)://host… or a path that starts with one /",
+    "base_url": "http(s)://host is expected",
     "email": "must be an e-mail address",
+    "locale": "must be a language such as en or pt-BR",
+    "mail_from": "an address is expected",
     "quiet_from": "must be a time such as 22:00",
     "quiet_to": "must be a time such as 07:00",
-    "locale": "must be a language such as en or pt-BR",
+    "smtp_url": "smtp://host:587 or smtps://host:465 is expected",
+    "target_url": "must be http(s)://host… or a path that starts with one /",
     "timezone": "must be a time zone such as Europe/Berlin",
+    "vapid_subject": "mailto: or https:// is expected",
 }
 
 
@@ -353,8 +317,12 @@ class FieldError(ValueError):
         self.field = field
 
 
-class NotificationCreate(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of POST /api/notifications; an API key names the recipient."""
+class Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A request's body: a field it does not know is an error."""
+
+
+class NotificationCreate(Body, kw_only=True):
+    """What to tell; an API key names whom."""
 
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -373,19 +341,15 @@ class NotificationCreate(Struct, forbid_unknown_fields=True, kw_only=True):
     deliver_at: Annotated[datetime, Meta(tz=True)] | None = None
 
     def __post_init__(self) -> None:
-        if not bytes(self.data).startswith(b"{"):
-            raise FieldError("data", "Expected `object`")
-        if len(bytes(self.data)) > 16 * 1024:
-            raise FieldError("data", "Expected at most 16 KB")
+        if not bytes(self.data).startswith(b"{") or len(bytes(self.data)) > 16 * 1024:
+            raise FieldError("data", "Expected `object` of at most 16 KB")
 
 
-class Batch(Struct, forbid_unknown_fields=True):
-    """Many notifications, each with its user_id: all of them or none."""
-
+class Batch(Body):
     notifications: Annotated[list[NotificationCreate], Meta(min_length=1, max_length=1000)]
 
 
-class MarkRead(Struct, forbid_unknown_fields=True):
+class MarkRead(Body):
     """Either one notification, or all up to and including `before`."""
 
     notification_id: UUID | None = None
@@ -398,9 +362,7 @@ class MarkRead(Struct, forbid_unknown_fields=True):
             raise FieldError("all", 'Expected either {"notification_id": id} or {"all": true, "before": id?}')
 
 
-class NotificationPatch(Struct, forbid_unknown_fields=True):
-    """Read and archived, either or both."""
-
+class NotificationPatch(Body):
     read: bool | None = None
     archived: bool | None = None
 
@@ -409,7 +371,7 @@ class NotificationPatch(Struct, forbid_unknown_fields=True):
             raise FieldError("read", "Expected read, archived or both")
 
 
-class Switches(Struct, forbid_unknown_fields=True):
+class Switches(Body):
     """One event pattern's channels; null takes the word back."""
 
     email: bool | None | UnsetType = UNSET
@@ -417,17 +379,13 @@ class Switches(Struct, forbid_unknown_fields=True):
     webhook: bool | None | UnsetType = UNSET
 
 
-class ContactPatch(Struct, forbid_unknown_fields=True, kw_only=True):
-    """How a user is reached; absent fields stay."""
-
+class ContactPatch(Body):
     email: EmailAddress | None | UnsetType = UNSET
     timezone: TimeZone | UnsetType = UNSET
     locale: Locale | UnsetType = UNSET
 
 
-class PreferencesPatch(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A user's choices; absent fields stay."""
-
+class PreferencesPatch(Body):
     in_app_enabled: bool | UnsetType = UNSET
     email_enabled: bool | UnsetType = UNSET
     push_enabled: bool | UnsetType = UNSET
@@ -441,8 +399,6 @@ class PreferencesPatch(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class PushKeys(Struct):
-    """The browser's half of the encryption."""
-
     p256dh: Annotated[str, Meta(min_length=1, max_length=200)]
     auth: Annotated[str, Meta(min_length=1, max_length=100)]
 
@@ -454,66 +410,50 @@ class PushSubscription(Struct):
     keys: PushKeys
 
 
-class Endpoint(Struct, forbid_unknown_fields=True):
-    """The endpoint of a subscription to forget."""
-
+class Endpoint(Body):
     endpoint: Annotated[str, Meta(max_length=2000)]
 
 
-class Subject(Struct, forbid_unknown_fields=True):
-    """What was settled."""
-
+class Subject(Body):
     subject_key: Key
 
 
-class TokenRequest(Struct, forbid_unknown_fields=True):
-    """How long a user token is to hold."""
-
+class TokenRequest(Body):
     minutes: Annotated[int, Meta(ge=1, le=1440)] = 60
 
 
-class LoginRequest(Struct, forbid_unknown_fields=True):
-    """A sign-in link's or a user's token."""
-
+class LoginRequest(Body):
     token: Annotated[str, Meta(max_length=8000)]
 
 
-class KeyCreate(Struct, forbid_unknown_fields=True):
-    """A new API key."""
-
+class KeyCreate(Body):
     name: Annotated[str, Meta(min_length=1, max_length=100)]
     scope: Literal["send", "admin"] = "send"
 
 
-class WebhookCreate(Struct, forbid_unknown_fields=True, kw_only=True):
+class WebhookCreate(Body):
     """An endpoint that is told; with user_id only about that user."""
 
     url: HttpUrl
-    events: Annotated[list[EventName], Meta(min_length=1, max_length=100)] = msgspec.field(
-        default_factory=lambda: ["*"]
-    )
+    events: EventNames = msgspec.field(default_factory=lambda: ["*"])
     min_severity: Severity = "warning"
     user_id: UserId | None = None
 
 
-class WebhookPatch(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Changes to an endpoint; absent fields stay."""
-
+class WebhookPatch(Body):
     url: HttpUrl | UnsetType = UNSET
-    events: Annotated[list[EventName], Meta(min_length=1, max_length=100)] | UnsetType = UNSET
+    events: EventNames | UnsetType = UNSET
     min_severity: Severity | UnsetType = UNSET
     user_id: UserId | None | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET
 
 
-class RetryRequest(Struct, forbid_unknown_fields=True):
-    """Which failed deliveries to try again."""
-
+class RetryRequest(Body):
     channel: Channel | None = None
 
 
 class Result(NamedTuple):
-    """What became of one item: the notification's id, whether it is new, and the whole answer."""
+    """What became of one item; leaves: something of it is due outside now."""
 
     user_id: str
     id: UUID | None
@@ -528,10 +468,6 @@ class Item(NotificationCreate, kw_only=True):
     id: UUID
     redacted: bool = False
 
-    def as_body(self) -> NotificationCreate:
-        """The request that would make it again: what intake keeps."""
-        return msgspec.convert(self, NotificationCreate, from_attributes=True)
-
 
 def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> Item:
     """One recipient's item; the key is the body's, the header's, or made of the resource."""
@@ -541,6 +477,13 @@ def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = 
     fields = msgspec.structs.asdict(asked) | {"user_id": user_id, "idempotency_key": key}
     redacted = not asked.private and looks_secret(asked.summary or asked.title)
     return Item(**fields | {"user_ids": None, "deliver_at": None, "id": new_id(), "redacted": redacted})
+
+
+def new_id() -> UUID:
+    """A UUIDv7: 48 bits of milliseconds, 12 bits of their fraction, 62 random bits."""
+    milliseconds, fraction = divmod(time.time_ns(), 1_000_000)
+    random = int.from_bytes(os.urandom(8), "big") >> 2
+    return UUID(int=milliseconds << 80 | 0x7 << 76 | (fraction * 4096 // 1_000_000) << 64 | 2 << 62 | random)
 
 
 class Line(Struct):
@@ -570,15 +513,6 @@ class Outgoing(Struct):
     event_name: str | None  # of a single one
     lines: list[Line]
 
-    @classmethod
-    def of_row(cls, *columns: Any) -> "Outgoing":
-        """A row of claim_messages.sql."""
-        message = cls(*columns)
-        message.address = msgspec.json.decode(cast("Any", message.address))
-        message.lines = msgspec.json.decode(cast("Any", message.lines), type=list[Line])
-        message.event_name = message.event_name if message.total == 1 else None
-        return message
-
 
 class Outcome(Struct):
     """How one attempt ended. sent; retry: may work later; refused: three attempts; dead: never;
@@ -589,30 +523,17 @@ class Outcome(Struct):
     retry_after: float | None = None
 
 
-def new_id() -> UUID:
-    """A UUIDv7: 48 bits of milliseconds, 12 bits of their fraction, 62 random bits."""
-    milliseconds, fraction = divmod(time.time_ns(), 1_000_000)
-    fraction = fraction * 4096 // 1_000_000
-    random = int.from_bytes(os.urandom(8), "big") >> 2
-    return UUID(int=milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | random)
-
-
-def as_value(value: Any) -> Any:
-    """A row of one column as its value."""
-    return value
-
-
-def as_row(*values: Any) -> tuple[Any, ...]:
-    """A row as a tuple."""
-    return values
-
-
 # ═══ 3 · Queries ══════════════════════════════════════════════════════════════════════════════
 # One statement a file; its columns are the fields of the answer. Db refuses unknown parameters.
 
 PATIENCE = 2.5  # seconds; a database that hangs is answered like one that is away
 NO_TARGET = UUID(int=0)
 set_json_loads(lambda data: Raw(bytes(data)))
+
+
+def encode(value: Any) -> str:
+    """A value as the JSON a statement reads; fields that were not given are left out."""
+    return msgspec.json.encode(value).decode()
 
 
 class Query(NamedTuple):
@@ -637,7 +558,7 @@ class Db:
     def __init__(self, pool: Pool, changed: Callable[[str], None], patience: float, **bound: Any) -> None:
         self.pool, self.changed, self.patience, self.bound = pool, changed, patience, bound
 
-    def bind(self, **bound: Any) -> "Db":
+    def bind(self, **bound: Any) -> Db:
         return Db(self.pool, self.changed, self.patience, **self.bound, **bound)
 
     async def one(self, name: str, kind: Callable[..., Any] | None = None, /, **parameters: Any) -> Any:
@@ -689,7 +610,7 @@ class Db:
 # One shape for every failure (RFC 9457), one table of codes, one function from exception to answer.
 
 PROBLEMS = {  # code: status, title
-    "bad_request": (400, "The request is not understood"),
+    "bad_request": (400, "The request is not understood"),  # a status alone means its first code
     "invalid": (400, "The request has a wrong value"),
     "not_json": (400, "The body is not acceptable JSON"),
     "unauthorized": (401, "Proof of who you are is missing or wrong"),
@@ -704,42 +625,21 @@ PROBLEMS = {  # code: status, title
     "unready": (503, "A part of the service does not work"),
     "database_away": (503, "The database does not answer"),
 }
-BY_STATUS = {
-    status: code for code, (status, _) in PROBLEMS.items() if code not in ("bad_request", "cross_site")
-}
-BY_STATUS[400] = "bad_request"
-BY_CONSTRAINT = {  # constraint: the field it speaks of
+BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}
+BY_CONSTRAINT = {  # constraint or SQLSTATE: the field it speaks of
     "preferences_events_size": ("events", "Expected fewer events"),
     "preferences_timezone_known": ("timezone", WANTED["timezone"]),
+    "22023": ("timezone", WANTED["timezone"]),
 }
-
-
-class ErrorItem(Struct):
-    """One field at fault."""
-
-    field: str
-    message: str
-
-
-class ProblemDetail(Struct):
-    """The answer to every failed request."""
-
-    title: str
-    status: int
-    detail: str
-    code: str
-    errors: list[ErrorItem] | UnsetType = UNSET
-    type: str = "about:blank"
 
 
 class Problem(Exception):
     """A failure with its answer."""
 
-    def __init__(
-        self, code: str, detail: str = "", field: str = "", headers: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, code: str, detail: str = "", field: str = "", retry_after: int = 0) -> None:
         super().__init__(code)
-        self.code, self.detail, self.field, self.headers = code, detail, field, headers or {}
+        self.code, self.detail, self.field = code, detail, field
+        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
 
 
 def explain(error: msgspec.ValidationError) -> tuple[str, str]:
@@ -749,7 +649,7 @@ def explain(error: msgspec.ValidationError) -> tuple[str, str]:
     named = re.match(r"Object (?:missing required|contains unknown) field `(.*)`$", words)
     inner = error.__cause__.field if isinstance(error.__cause__, FieldError) else named[1] if named else ""
     field = ".".join(part for part in (path.removesuffix("[...]"), inner) if part)
-    hint = WANTED.get(re.sub(r".*\.", "", field))
+    hint = WANTED.get(field.rpartition(".")[2])
     return field, hint if hint and "matching regex" in words else words.partition(" matching regex ")[0]
 
 
@@ -766,42 +666,32 @@ def as_problem(error: Exception) -> Problem:
         case msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():
             return Problem("not_json")
         case ValidationException():
-            return parameter_problem(error)
+            first = cast("Any", error.extra or [{}])[0]
+            if (field := first.get("key", "data")) == "data":
+                return Problem("not_json", "A JSON body is expected")
+            return Problem("invalid", f"{field}: {first['message']}", field)
         case HTTPException():
-            return Problem(BY_STATUS.get(error.status_code, "bad_request"), headers=dict(error.headers or {}))
+            return Problem(BY_STATUS.get(error.status_code, "bad_request"))
         case TimeoutError() | PoolTimeout():
-            return Problem("database_away", headers={"Retry-After": "2"})
+            return Problem("database_away", retry_after=2)
         case psycopg.Error():
             return database_problem(error)
     return Problem("internal")
 
 
-def parameter_problem(error: ValidationException) -> Problem:
-    """A query parameter, header or body that Litestar refused."""
-    extra = error.extra if isinstance(error.extra, list) else []
-    first = cast("dict[str, Any]", extra[0]) if extra else {}
-    field = str(first.get("key", ""))
-    if field == "data" or not field:
-        return Problem("not_json", "A JSON body is expected")
-    return Problem("invalid", f"{field}: {first.get('message', 'wrong')}", field)
-
-
 def database_problem(error: psycopg.Error) -> Problem:
     """What PostgreSQL refused, by constraint and SQLSTATE, never by its text."""
-    state, constraint = error.sqlstate or "", error.diag.constraint_name
-    if constraint in BY_CONSTRAINT:
-        field, wanted = BY_CONSTRAINT[constraint]
-        return Problem("invalid", f"{field}: {wanted}", field)
-    if state == "22023":
-        return Problem("invalid", f"timezone: {WANTED['timezone']}", "timezone")
+    state = error.sqlstate or ""
+    if known := BY_CONSTRAINT.get(error.diag.constraint_name or state):
+        return Problem("invalid", f"{known[0]}: {known[1]}", known[0])
     if state.startswith("22") or isinstance(error, psycopg.DataError):
         return Problem("invalid", "A value is out of range or holds a character that cannot be stored")
     if state[:2] in ("08", "40", "53", "55", "57") or isinstance(error, psycopg.OperationalError):
-        return Problem("database_away", headers={"Retry-After": "2"})
+        return Problem("database_away", retry_after=2)
     return Problem("internal")
 
 
-def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[ProblemDetail]:
+def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """The exception handler of the whole app."""
     problem = as_problem(error)
     status, title = PROBLEMS[problem.code]
@@ -809,18 +699,12 @@ def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[
         log.error("%s %s failed: %s", request.method, request.scope["path"], describe(error))
     if problem.code == "database_away":
         request.app.state.service.look_after_pool()
-    if status == 401:
-        problem.headers.setdefault("WWW-Authenticate", "Bearer")
-    detail = ProblemDetail(
-        title=title,
-        status=status,
-        detail=problem.detail or title,
-        code=problem.code,
-        errors=[ErrorItem(problem.field, problem.detail)] if problem.field else UNSET,
-    )
-    return Response(
-        detail, status_code=status, media_type="application/problem+json", headers=problem.headers
-    )
+    detail = problem.detail or title
+    told = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": problem.code}
+    if problem.field:
+        told["errors"] = [{"field": problem.field, "message": detail}]
+    headers = problem.headers | ({"WWW-Authenticate": "Bearer"} if status == 401 else {})
+    return Response(told, status_code=status, media_type="application/problem+json", headers=headers)
 
 
 def describe(error: BaseException) -> str:
@@ -1005,8 +889,8 @@ INTAKE_ITEMS = 512  # items that one statement takes; a single larger request st
 class Intake:
     """The group commit in front of create_notifications.sql."""
 
-    def __init__(self, db: Db, limits: str, stored: Callable[[list[Result]], None]) -> None:
-        self.db, self.limits, self.stored = db, limits, stored
+    def __init__(self, db: Db, stored: Callable[[list[Result]], None]) -> None:
+        self.db, self.stored = db, stored
         self.waiting: collections.deque[tuple[list[Item], asyncio.Future[list[Result]]]] = collections.deque()
         self.arrived = asyncio.Event()
         self.turn = asyncio.Lock()  # two statements that open digests at once could deadlock
@@ -1021,9 +905,7 @@ class Intake:
 
     async def preview(self, items: list[Item]) -> list[Result]:
         """The same statement, rolled back."""
-        query, parameters = QUERIES["create_notifications"], self.db.bound | self.parameters(items)
-        async with asyncio.timeout(PATIENCE):
-            return await self.db.fetch(query, Result, parameters, rollback=True)
+        return await self.db.bind(rollback=True).many("create_notifications", Result, items=encode(items))
 
     async def run(self) -> None:
         """The one writer: while a batch is under way the next one grows."""
@@ -1048,7 +930,7 @@ class Intake:
         try:
             items = [item for wanted, _ in requests for item in wanted]
             async with self.turn:
-                rows = await self.db.many("create_notifications", Result, **self.parameters(items))
+                rows = await self.db.many("create_notifications", Result, items=encode(items))
         except Exception as error:
             if len(requests) > 1 and as_problem(error).code != "database_away":
                 for request in requests:
@@ -1065,10 +947,6 @@ class Intake:
             if not done.done():
                 done.set_result(rows[start : start + len(items)])
             start += len(items)
-
-    def parameters(self, items: list[Item]) -> dict[str, Any]:
-        """The statement's parameters."""
-        return {"items": msgspec.json.encode(items).decode(), "limits": self.limits}
 
 
 # ═══ 7 · Channels ═════════════════════════════════════════════════════════════════════════════
@@ -1247,6 +1125,19 @@ def unseal(secret: str, sealed: str) -> bytes:
     """A webhook's signing key as the database gives it, in base64."""
     raw = base64.b64decode(sealed)
     return AESGCM(derive(secret, "webhook")).decrypt(raw[:12], raw[12:], None)
+
+
+def new_webhook_secret(secret: str) -> tuple[str, bytes]:
+    """A signing secret as its owner sees it, and as the database keeps it."""
+    key = os.urandom(24)
+    return f"whsec_{base64.b64encode(key).decode()}", seal(secret, key)
+
+
+def webhook_host(settings: Settings, url: str | UnsetType) -> str | None:
+    """The host of an endpoint; plain http is for addresses that are allowed by name."""
+    if url and url.lower().startswith("http:") and not settings.outbound_allow:
+        raise FieldError("url", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
+    return urlsplit(url).hostname if url else None
 
 
 class Outbound:
@@ -1497,7 +1388,7 @@ class Worker:
             if started := await self.start(room=1, alone=True):
                 await asyncio.wait(self.in_flight)
                 return started
-        elif now - self.idle_at > QUARANTINE_SECONDS and await self.db.maybe("get_suspect", as_value):
+        elif now - self.idle_at > QUARANTINE_SECONDS and await self.db.maybe("get_suspect"):
             await asyncio.wait(self.in_flight)
             return 1
         return await self.start(room=self.settings.delivery_concurrency - len(self.in_flight), alone=False)
@@ -1510,12 +1401,11 @@ class Worker:
         busy = collections.Counter(message.provider for message in self.in_flight.values())
         messages = await self.db.many(
             "claim_messages",
-            Outgoing.of_row,
+            functools.partial(msgspec.json.decode, type=Outgoing),
             room=room,
             alone=alone,
             share=share,
-            busy=msgspec.json.encode(busy).decode(),
-            lease=self.settings.lease_seconds,
+            busy=encode(busy),
         )
         for message in messages:
             task = asyncio.create_task(self.deliver(message))
@@ -1544,21 +1434,19 @@ class Worker:
         if not results:
             return
         try:
-            rows = await self.db.many(
-                "finish_messages", as_row, results=msgspec.json.encode(results).decode()
-            )
+            rows = await self.db.many("finish_messages", results=encode(results))
         except Exception:
             self.results, _ = results + self.results, self.done.set()
             raise
         METRICS.leases_lost.inc(len(results) - len(rows))
-        for _, _, channel, state, verdict in rows:
-            METRICS.deliveries.labels(channel, state, verdict).inc()
+        for row in rows:
+            METRICS.deliveries.labels(row["channel"], row["state"], row["verdict"]).inc()
 
     async def intake_loop(self) -> None:
         """Store what other programs and callers left for now. The key makes a second try harmless."""
         while True:
-            rows = await self.db.many("list_due_intake", as_row, room=PRUNE_ROWS)
-            await asyncio.gather(*(self.take_in(id, payload) for id, payload in rows))
+            rows = await self.db.many("list_due_intake", room=PRUNE_ROWS)
+            await asyncio.gather(*(self.take_in(**row) for row in rows))
             if not rows:
                 await asyncio.sleep(self.settings.poll_seconds)
 
@@ -1593,7 +1481,7 @@ class Worker:
             task.cancel()
         await self.finish()
         if left:
-            await self.db.run("release_messages", results=msgspec.json.encode(left).decode())
+            await self.db.run("release_messages", results=encode(left))
 
 
 # ═══ 9 · Live ═════════════════════════════════════════════════════════════════════════════════
@@ -1621,7 +1509,7 @@ class Hub:
         for stream in self.streams.get(user_id, ()):
             stream.stale.set()
 
-    def open(self, stream: "InboxStream") -> None:
+    def open(self, stream: InboxStream) -> None:
         """Count a stream in; one too many closes the oldest."""
         streams = self.streams.setdefault(stream.user_id, [])
         streams.append(stream)
@@ -1630,7 +1518,7 @@ class Hub:
         if self.closed:
             stream.close()
 
-    def leave(self, stream: "InboxStream") -> None:
+    def leave(self, stream: InboxStream) -> None:
         """Forget a stream that ended."""
         streams = self.streams[stream.user_id]
         streams.remove(stream)
@@ -1703,7 +1591,7 @@ class InboxStream:
             return b": still here\n\n"
         self.stale.clear()
         hint = await self.db.one("get_hint", user_id=self.user_id)
-        data = msgspec.json.encode(hint).decode()
+        data = encode(hint)
         return f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {data}\n\n".encode()
 
 
@@ -1713,10 +1601,6 @@ class InboxStream:
 
 BATCH_BYTES, BODY_BYTES, BODY_DEPTH = 4 * 1024 * 1024, 256 * 1024, 32
 PRIVATE = {"Cache-Control": "no-store"}
-ERRORS = {
-    status: ResponseSpec(ProblemDetail, description=title, media_type=cast("Any", "application/problem+json"))
-    for status, title in reversed(PROBLEMS.values())
-}
 Bell = NamedDependency["Service"]
 Mine = NamedDependency[Db]
 Ask = Request[Caller, Any, State]
@@ -1728,10 +1612,11 @@ class JsonRequest(Ask):
 
     async def json(self) -> Any:
         """The body; every way in which JSON can be unacceptable is a 400 or 415 of ours."""
-        if not is_json(self.headers.get("content-type", "")):
+        body, kind = await self.body(), self.headers.get("content-type", "")
+        if not is_json(kind) and (kind or body):
             raise Problem("unsupported_media_type")
         field = self.route_handler.parsed_data_field
-        return decode_body(await self.body(), field.annotation if field else Any)
+        return decode_body(body, field.annotation if field else Any)
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:
@@ -1750,7 +1635,7 @@ def decode_body(body: bytes, kind: type[T]) -> T:
 def refuse_deep(body: bytes) -> None:
     """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
     depth = 0
-    for token in re.finditer(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', body):
+    for token in re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
         if depth > BODY_DEPTH:
             raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
@@ -1759,6 +1644,8 @@ def refuse_deep(body: bytes) -> None:
 def snake_keys(body: bytes | Raw) -> bytes:
     """The same JSON object with its field names in snake_case, those of notifications included."""
     renamed: dict[str, Raw] = {}
+    if not bytes(body).lstrip().startswith(b"{"):
+        return bytes(body)  # refused by its type, which knows its place
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         if snake in renamed:
@@ -1785,7 +1672,7 @@ def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> li
 def header_key(request: Ask) -> str | None:
     """The Idempotency-Key header, within the bounds of a key."""
     key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= 255:
+    if key is not None and not 1 <= len(key := key.encode("latin-1").decode()) <= 255:
         raise FieldError("Idempotency-Key", "Expected 1 to 255 characters")
     return key
 
@@ -1798,11 +1685,6 @@ def answer(content: Any, status: int = 200) -> Response[Any]:
 def results(rows: Iterable[Result]) -> dict[str, Any]:
     """The short answer for many."""
     return {"results": [{"user_id": row.user_id, "id": row.id, "inserted": row.inserted} for row in rows]}
-
-
-def patch_json(data: Struct) -> str:
-    """The fields that were given, as the JSON a statement merges."""
-    return msgspec.json.encode(data).decode()
 
 
 class InboxApi(Controller):
@@ -1821,7 +1703,8 @@ class InboxApi(Controller):
         if data.deliver_at is not None and data.user_ids is not None:
             raise FieldError("deliver_at", "Expected a single user_id with it")
         if data.deliver_at is not None:
-            payload = patch_json(items[0].as_body())
+            kept = {"user_id": users[0], "idempotency_key": items[0].idempotency_key, "deliver_at": None}
+            payload = encode(msgspec.structs.replace(data, **kept))
             return answer(await mine.one("create_scheduled", payload=payload, due_at=data.deliver_at), 202)
         rows = await bell.intake.create(items)
         if data.user_ids is None:
@@ -1877,7 +1760,7 @@ class InboxApi(Controller):
     @patch("/api/preferences")
     async def update_preferences(self, mine: Mine, data: JSONBody[PreferencesPatch]) -> Any:
         """Merge into the caller's choices."""
-        saved = await mine.one("update_preferences", patch=patch_json(data), by_user=True)
+        saved = await mine.one("update_preferences", patch=encode(data), by_user=True)
         return {"preferences": saved["preferences"]}
 
     @get("/api/push/key")
@@ -1936,14 +1819,14 @@ class ProgramApi(Controller):
     @put("/api/users/{user_id:str}")
     async def update_user(self, mine: Mine, user_id: PathUser, data: JSONBody[ContactPatch]) -> Any:
         """Set how a user is reached."""
-        return await mine.one("update_preferences", user_id=user_id, patch=patch_json(data), by_user=False)
+        return await mine.one("update_preferences", user_id=user_id, patch=encode(data), by_user=False)
 
     @patch("/api/users/{user_id:str}/preferences")
     async def update_user_preferences(
         self, mine: Mine, user_id: PathUser, data: JSONBody[PreferencesPatch]
     ) -> Any:
         """Merge into a user's choices."""
-        wish = {"patch": patch_json(data), "by_user": False}
+        wish = {"patch": encode(data), "by_user": False}
         return {"preferences": (await mine.one("update_preferences", user_id=user_id, **wish))["preferences"]}
 
     @post("/api/users/{user_id:str}/token")
@@ -2004,7 +1887,8 @@ class AdminApi(Controller):
     @post("/api/webhooks")
     async def create_webhook(self, mine: Mine, bell: Bell, data: JSONBody[WebhookCreate]) -> Any:
         """A new endpoint; its signing secret is told this once."""
-        host, (secret, sealed) = bell.webhook_host(data.url), bell.new_webhook_secret()
+        secret, sealed = new_webhook_secret(bell.settings.secret)
+        host = webhook_host(bell.settings, data.url)
         fields = msgspec.structs.asdict(data) | {"host": host, "secret": sealed}
         return await mine.one("create_webhook", **fields) | {"secret": secret}
 
@@ -2013,13 +1897,13 @@ class AdminApi(Controller):
         self, mine: Mine, bell: Bell, id: FromPath[UUID], data: JSONBody[WebhookPatch]
     ) -> Any:
         """Change an endpoint, or switch it off or on again."""
-        host = bell.webhook_host(data.url) if isinstance(data.url, str) else None
-        return await mine.one("update_webhook", id=id, host=host, patch=patch_json(data))
+        host = webhook_host(bell.settings, data.url)
+        return await mine.one("update_webhook", id=id, host=host, patch=encode(data))
 
     @post("/api/webhooks/{id:uuid}/rotate", status_code=200)
     async def rotate_webhook(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> Any:
         """A new signing secret; the old one still signs for 24 hours."""
-        secret, sealed = bell.new_webhook_secret()
+        secret, sealed = new_webhook_secret(bell.settings.secret)
         return await mine.one("update_webhook_secret", id=id, secret=sealed) | {"secret": secret}
 
     @post("/api/webhooks/{id:uuid}/test", status_code=200)
@@ -2273,7 +2157,6 @@ class Loops:
         self.failing: set[str] = set()
 
     def start(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Keep a loop running under its name."""
         self.tasks[name] = asyncio.create_task(self.supervise(name, run), name=name)
 
     async def supervise(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
@@ -2295,7 +2178,6 @@ class Loops:
         return [name for name, task in self.tasks.items() if task.done() or name in self.failing]
 
     async def stop(self) -> None:
-        """End all loops."""
         for task in self.tasks.values():
             task.cancel()
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
@@ -2303,8 +2185,6 @@ class Loops:
 
 class Operations(Controller):
     """What operators and their tools ask for."""
-
-    responses = {503: ERRORS[503]}
 
     @get("/health/live")
     async def get_liveness(self) -> dict[str, str]:
@@ -2514,64 +2394,39 @@ def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
 # ═══ 14 · Wiring ══════════════════════════════════════════════════════════════════════════════
 
 
+def policy(settings: Settings) -> dict[str, Any]:
+    """The figures and words that statements need, bound once."""
+    limits = {channel: getattr(settings, f"{channel}_per_minute") for channel in ("email", "push", "webhook")}
+    notices = {
+        lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
+        for lang, words in WORDS.items()
+    }
+    return {
+        "no_target": NO_TARGET,
+        "limits": encode(limits),
+        "notices": encode(notices),
+        "max_attempts": settings.max_attempts,
+        "retry_base": settings.retry_base_seconds,
+        "retry_max": settings.retry_max_seconds,
+        "lease": settings.lease_seconds,
+        "admins": settings.admins,
+        "days": settings.retention_days,
+    }
+
+
 class Service:
     """All that lives as long as the process."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        # No check of connections before use: it costs more than it finds, and a 503 looks after them.
-        self.pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            settings.database_url,
-            min_size=2,
-            max_size=settings.pool_size,
-            timeout=PATIENCE - 0.5,
-            reconnect_timeout=5,
-            configure=prepare_connection,
-            kwargs={"autocommit": True, "prepare_threshold": 0},
-            open=False,
-        )
+        self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
         self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings.base_url)
-        self.db = Db(self.pool, self.hub.publish, PATIENCE, no_target=NO_TARGET)
+        self.db = Db(self.pool, self.hub.publish, PATIENCE, **policy(settings))
         self.gate = Gatekeeper(settings, self.db)
-        limits = {
-            channel: getattr(settings, f"{channel}_per_minute") for channel in ("email", "push", "webhook")
-        }
-        self.intake = Intake(self.db, msgspec.json.encode(limits).decode(), self.after_store)
+        self.intake = Intake(self.db, self.after_store)
         self.outbound = Outbound(settings)
-        self.worker = Worker(settings, self.worker_db(limits), self.intake, self.outbound)
+        patient = Db(self.pool, self.hub.publish, WORKER_PATIENCE, **self.db.bound)
+        self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
-
-    def worker_db(self, limits: dict[str, int]) -> Db:
-        """The database as the worker uses it: patient, and with the policy's figures filled in."""
-        settings = self.settings
-        notices = {
-            language: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
-            for language, words in WORDS.items()
-        }
-        return Db(
-            self.pool,
-            self.hub.publish,
-            WORKER_PATIENCE,
-            no_target=NO_TARGET,
-            limits=msgspec.json.encode(limits).decode(),
-            max_attempts=settings.max_attempts,
-            retry_base=settings.retry_base_seconds,
-            retry_max=settings.retry_max_seconds,
-            admins=list(settings.admins),
-            notices=msgspec.json.encode(notices).decode(),
-            days=settings.retention_days,
-        )
-
-    def webhook_host(self, url: str) -> str | None:
-        """The host of an endpoint; plain http is for addresses that are allowed by name."""
-        if url.lower().startswith("http:") and not self.settings.outbound_allow:
-            raise FieldError("url", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
-        return urlsplit(url).hostname
-
-    def new_webhook_secret(self) -> tuple[str, bytes]:
-        """A signing secret as its owner sees it, and as the database keeps it."""
-        key = os.urandom(24)
-        return f"whsec_{base64.b64encode(key).decode()}", seal(self.settings.secret, key)
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
@@ -2589,25 +2444,35 @@ class Service:
         """Open the connections and start the loops, on a database that prepare() made ready."""
         await self.pool.open(wait=True, timeout=10)
         await self.outbound.open()
-        loops = {
-            "create": self.intake.run,
-            "intake": self.worker.intake_loop,
-            "prune": self.worker.prune_loop,
-        }
+        worker = self.worker
+        loops = {"create": self.intake.run, "intake": worker.intake_loop, "prune": worker.prune_loop}
         if self.settings.delivery_concurrency:
-            loops |= {"claim": self.worker.claim_loop, "finish": self.worker.finish_loop}
+            loops |= {"claim": worker.claim_loop, "finish": worker.finish_loop}
         for name, run in loops.items():
             self.loops.start(name, run)
 
     async def stop(self) -> None:
         """End the loops, then the connections."""
         self.hub.close()
-        self.worker.stopping = True
         with contextlib.suppress(Exception):
             await self.worker.stop()
         await self.loops.stop()
         await self.outbound.close()
         await self.pool.close(timeout=2)
+
+
+def make_pool(settings: Settings, size: int) -> Pool:
+    """Connections, not checked before use: it costs more than it finds, and a 503 looks after them."""
+    return AsyncConnectionPool(
+        settings.database_url,
+        min_size=min(2, size),
+        max_size=size,
+        timeout=PATIENCE - 0.5,
+        reconnect_timeout=5,
+        configure=prepare_connection,
+        kwargs={"autocommit": True, "prepare_threshold": 0},
+        open=False,
+    )
 
 
 async def prepare(settings: Settings) -> None:
@@ -2648,9 +2513,7 @@ def first_line(error: BaseException) -> str:
 async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
     """Run schema.sql; it locks, refuses a newer database, and is idempotent."""
     if connection.info.server_version < 140000:
-        raise StartError(
-            f"PostgreSQL 14 or later is needed, this is {connection.info.server_version // 10000}"
-        )
+        raise StartError(f"PostgreSQL 14 or later is needed, not {connection.info.server_version // 10000}")
     try:
         await connection.execute((HERE / "schema.sql").read_bytes())
     except psycopg.Error as error:
@@ -2660,11 +2523,11 @@ async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
 async def explain_queries(connection: psycopg.AsyncConnection[Any]) -> list[str]:
     """A line for each query that PostgreSQL does not accept: wrong columns, untyped parameters."""
     faults = []
-    for query in QUERIES.values():
+    for name, query in QUERIES.items():
         try:
             await connection.execute(b"EXPLAIN " + query.text, dict.fromkeys(query.parameters))
         except psycopg.Error as error:
-            faults.append(f"queries/{query.name}.sql: {first_line(error)}")
+            faults.append(f"queries/{name}.sql: {first_line(error)}")
     return faults
 
 
@@ -2685,15 +2548,14 @@ class HeadAsGet:
         return await self.app(cast("Any", {**scope, "method": "GET"}), receive, send_head)
 
 
-def provide_mine(request: Request[Any, Any, Any]) -> Db:
+async def provide_mine(request: Request[Any, Any, Any]) -> Db:
     """The database with the caller filled in; a program has no user_id and must name one."""
     caller, db = request.user, request.app.state.service.db
     own = {"user_id": caller.user_id} if caller.user_id else {}
     return db.bind(for_admin=caller.admin, **own)
 
 
-def provide_bell(state: State) -> Service:
-    """The service."""
+async def provide_bell(state: State) -> Service:
     return state.service
 
 
@@ -2714,18 +2576,12 @@ def create_app(settings: Settings) -> Litestar:
         finally:
             await service.stop()
 
-    cors = CORSConfig(
-        allow_origins=list(settings.cors_origins),
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"],
-        expose_headers=["ETag", "Retry-After"],
-    )
+    allowed = ["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"]
+    cors = CORSConfig(settings.cors_origins, allow_headers=allowed, expose_headers=["ETag", "Retry-After"])
     app = Litestar(
         route_handlers=ROUTES,
         lifespan=[lifespan],
-        dependencies={
-            "bell": Provide(provide_bell, sync_to_thread=False),
-            "mine": Provide(provide_mine, sync_to_thread=False),
-        },
+        dependencies={"bell": Provide(provide_bell), "mine": Provide(provide_mine)},
         exception_handlers={Exception: answer_error},
         guards=[admit],
         request_class=JsonRequest,
@@ -2761,6 +2617,10 @@ class Server(uvicorn.Server):
 # ═══ 15 · Command line ════════════════════════════════════════════════════════════════════════
 
 
+class CommandError(Exception):
+    """A command that did not succeed: its text on stderr and exit code 1."""
+
+
 @contextlib.contextmanager
 def database(settings: Settings, join: bool = False) -> Iterator[Settings]:
     """The settings with a database and a secret: the given ones, or our own below the home."""
@@ -2776,49 +2636,32 @@ def serve(settings: Settings, _: argparse.Namespace) -> None:
         asyncio.run(prepare(settings))
         first_key = asyncio.run(with_db(settings, first_run_key)) if embedded else None
         app = create_app(settings)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=8,
-            ws="none",
-        )
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+        config = uvicorn.Config(app, proxy_headers=False, timeout_graceful_shutdown=8, ws="none", **quiet)
         server = Server(config, app.state.service, functools.partial(greet, settings, first_key))
         server.run(sockets=[listener])
 
 
 def listen(settings: Settings) -> socket.socket:
     """The listening socket, or one clear line why there is none."""
+    where = (settings.host, settings.port)
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        return socket.create_server(where, family=family, backlog=2048)
     except OSError as error:
-        raise StartError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}"
-        ) from None
+        raise StartError(f"cannot listen on {where[0]}:{where[1]}: {error.strerror or error}") from None
 
 
 async def with_db(settings: Settings, action: Callable[[Db], Awaitable[T]]) -> T:
     """Do something with the database from a command, beside a running service or without one."""
-    pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
-        settings.database_url,
-        min_size=1,
-        kwargs={"autocommit": True},
-        configure=prepare_connection,
-        open=False,
-    )
-    async with pool:
+    async with make_pool(settings, 1) as pool:
         return await action(Db(pool, lambda _: None, PATIENCE))
 
 
 async def first_run_key(db: Db) -> str | None:
     """The key of the very first start; afterwards nothing."""
-    try:
+    with contextlib.suppress(Problem):
         return (await add_key(db, "first-run", "admin", only_first=True))["secret"]
-    except Problem:
-        return None
 
 
 def greet(settings: Settings, first_key: str | None, url: str) -> None:
@@ -2831,14 +2674,12 @@ def greet(settings: Settings, first_key: str | None, url: str) -> None:
 
 
 def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
-    """A link that signs a browser in."""
     claims = {"admin": True} if admin else {}
     token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), **claims)
     return f"{settings.base_url}/login#token={token}"
 
 
 def print_link(settings: Settings, args: argparse.Namespace) -> None:
-    """Print a sign-in link."""
     print(sign_in_link(keep_secret(settings), user_name(args.user_id), args.admin, args.minutes))
 
 
@@ -2848,12 +2689,11 @@ def manage_keys(settings: Settings, args: argparse.Namespace) -> None:
     async def act(db: Db) -> None:
         if args.action == "create":
             print((await add_key(db, args.name, args.scope))["secret"])
-        elif args.action == "revoke":
-            if await db.maybe("delete_api_key", id=args.id) is None:
-                raise CommandError("there is no such key")
-        else:
+        elif args.action == "list":
             for key in plain(await db.one("list_api_keys"))["keys"]:
                 print("{id}  {name}  {scope}  created {created_at}  last used {last_used_at}".format(**key))
+        elif await db.maybe("delete_api_key", id=args.id) is None:
+            raise CommandError("there is no such key")
 
     with database(settings, join=True) as settings:
         asyncio.run(prepare(settings))
@@ -2864,40 +2704,24 @@ def send(settings: Settings, args: argparse.Namespace) -> None:
     """Post a notification through HTTP and print its id."""
     if not settings.api_key:
         raise CommandError("BELLHOP_API_KEY is not set")
-    fields = {
-        "user_id": args.user_id,
-        "title": args.title,
-        "body": sys.stdin.read() if args.body == "-" else args.body,
-        "severity": args.severity,
-        "event_name": args.event,
-        "target_url": args.url,
-        "batch_key": args.batch_key,
-        "idempotency_key": args.key,
-        "deliver_at": args.at,
-    }
-    body = msgspec.json.encode({name: value for name, value in fields.items() if value is not None})
+    if args.body == "-":
+        args.body = sys.stdin.read()
+    fields = {name: value for name, value in vars(args).items() if value is not None and name != "run"}
     headers = {"Authorization": f"Bearer {settings.api_key}", "Content-Type": "application/json"}
     url = (settings.url or settings.base_url).rstrip("/") + "/api/notifications"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(urllib.request.Request(url, body, headers), timeout=10) as reply:
+        ask = urllib.request.Request(url, msgspec.json.encode(fields), headers)
+        with opener.open(ask, timeout=10) as reply:
             told = msgspec.json.decode(reply.read())
     except urllib.error.HTTPError as error:
-        raise CommandError(problem_text(error)) from None
+        said = re.search(r'"detail": ?"(.*?)(?<!\\)"', error.read().decode(errors="replace"))
+        raise CommandError(f"{error.code}: {said[1] if said else error.reason}") from None
     except (OSError, ValueError) as error:
         raise CommandError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
-    stored = told.get("scheduled") or told["notification"]
-    if stored is None:
+    if (stored := told.get("scheduled") or told["notification"]) is None:
         raise CommandError("not stored: this user switched notifications off")
     print(stored["id"])
-
-
-def problem_text(error: urllib.error.HTTPError) -> str:
-    """What the service said is wrong."""
-    try:
-        return f"{error.code}: {msgspec.json.decode(error.read())['detail']}"
-    except (msgspec.MsgspecError, KeyError, TypeError):
-        return f"{error.code}: {error.reason}"
 
 
 def check(settings: Settings, _: argparse.Namespace) -> None:
@@ -2914,38 +2738,38 @@ def check(settings: Settings, _: argparse.Namespace) -> None:
     print("bellhop: all is well")
 
 
-class CommandError(Exception):
-    """A command that did not succeed: its text on stderr and exit code 1."""
-
-
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line; the options of send are named as the fields of a notification."""
     parser = argparse.ArgumentParser("bellhop", description="Notifications for small teams.")
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    commands.add_parser("serve", help="serve (the default)").set_defaults(run=serve)
-    key = commands.add_parser("key", help="create, list or revoke API keys")
+
+    def command(name: str, run: Callable[..., None], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about)
+        added.set_defaults(run=run)
+        return added
+
+    command("serve", serve, "serve (the default)")
+    command("check", check, "check settings, database and queries")
+    key = command("key", manage_keys, "create, list or revoke API keys")
     actions = key.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create", help="print a new API key")
     create.add_argument("name")
     create.add_argument("--scope", choices=["send", "admin"], default="send")
     actions.add_parser("list", help="list the keys, never the secrets")
     actions.add_parser("revoke", help="revoke a key").add_argument("id", type=UUID)
-    key.set_defaults(run=manage_keys)
-    link = commands.add_parser("link", help="print a sign-in link for the page")
+    link = command("link", print_link, "print a sign-in link for the page")
     link.add_argument("user_id")
     link.add_argument("--admin", action="store_true", help="may open /admin")
     link.add_argument("--minutes", type=int, default=15)
-    link.set_defaults(run=print_link)
-    post_one = commands.add_parser("send", help="send a notification through BELLHOP_URL")
-    post_one.add_argument("user_id")
-    post_one.add_argument("title")
-    for option, default in (("body", ""), ("severity", None), ("event", "message"), ("url", None)):
-        post_one.add_argument(f"--{option}", default=default)
-    for option in ("batch-key", "key", "at"):
-        post_one.add_argument(f"--{option}")
-    post_one.set_defaults(run=send)
-    commands.add_parser("check", help="check settings, database and queries").set_defaults(run=check)
+    one = command("send", send, "send a notification through BELLHOP_URL")
+    one.add_argument("user_id")
+    one.add_argument("title")
+    one.add_argument("--body", default="", help="- reads it from standard input")
+    one.add_argument("--event", dest="event_name", default="message")
+    options = {"--severity": "severity", "--url": "target_url", "--batch-key": "batch_key"}
+    for option, field in (options | {"--key": "idempotency_key", "--at": "deliver_at"}).items():
+        one.add_argument(option, dest=field)
     return parser
 
 

@@ -121,9 +121,11 @@ settled AS (
     WHERE v.user_id = i.user_id AND v.notification_id = i.notification_id AND v.channel = i.channel
       AND v.target = i.target AND (i.reason IS NOT NULL OR d.state = 'failed')
 )
-SELECT c.user_id, c.id, c.claim_seq, d.channel, d.provider, coalesce(a.locale, 'en') AS locale, d.attempts,
-       d.created_at, a.address, v.total, v.newest_id, v.event_name,
-       lines.shown AS lines
+SELECT json_build_object(
+    'user_id', c.user_id, 'id', c.id, 'claim_seq', c.claim_seq, 'channel', d.channel, 'provider', d.provider,
+    'locale', coalesce(a.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at, 'address', a.address,
+    'total', v.total, 'newest_id', v.newest_id, 'event_name', CASE WHEN v.total = 1 THEN v.event_name END,
+    'lines', lines.shown) AS message
 FROM claimed c
 JOIN due d ON d.user_id = c.user_id AND d.id = c.id
 JOIN addressed a ON a.user_id = c.user_id AND a.id = c.id
