@@ -77,11 +77,9 @@ from cryptography.hazmat.primitives.serialization import (
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post, put
 from litestar.config.cors import CORSConfig
-from litestar.connection import ASGIConnection
 from litestar.datastructures import Cookie, State
-from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException, ValidationException
-from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter, QueryParameter
 from litestar.types import ASGIApp, Receive, Scope, Send
@@ -278,23 +276,23 @@ def derive(secret: str, purpose: str) -> bytes:
 # Requests are decoded strictly into these; answers are JSON that SQL built.
 
 UserId = Annotated[str, Meta(min_length=1, max_length=200)]
-PathUser = Annotated[str, PathParameter(min_length=1, max_length=200, pattern=r"^[^\0]*\Z")]
+PathUser = Annotated[str, PathParameter(min_length=1, max_length=200, pattern=r"^[^\0]*$(?!\n)")]
 EventName = Annotated[str, Meta(min_length=1, max_length=120)]
 EventNames = Annotated[list[EventName], Meta(min_length=1, max_length=100)]
 Key = Annotated[str, Meta(min_length=1, max_length=255)]
 Severity = Literal["info", "success", "warning", "critical"]
 Channel = Literal["email", "push", "webhook"]
 Status = Literal["queued", "sent", "failed", "suppressed", "cancelled"]
-HttpUrl = Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+(?:[/?][^\s\\]*)?\Z")]
+HttpUrl = Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+(?:[/?][^\s\\]*)?$(?!\n)")]
 # No user info, no backslash, no white space or control character; a path has one leading slash.
 WEB_URL = r"[hH][tT][tT][pP][sS]?://(?:[^\s\x00-\x20\x7f/\\?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?"
-TARGET = rf"^(?:{WEB_URL}(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)\Z"
+TARGET = rf"^(?:{WEB_URL}(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)$(?!\n)"
 TargetUrl = Annotated[str, Meta(max_length=2000, pattern=TARGET)]
 ADDRESS_PART = r"[^\s\x00-\x20\x7f@<>()\[\],;:\\\"]+"
-EmailAddress = Annotated[str, Meta(max_length=254, pattern=rf"^{ADDRESS_PART}@{ADDRESS_PART}\Z")]
-Clock = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d\Z")]
-Locale = Annotated[str, Meta(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*\Z", max_length=35)]
-TimeZone = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_+\-/]*\Z", max_length=64)]
+EmailAddress = Annotated[str, Meta(max_length=254, pattern=rf"^{ADDRESS_PART}@{ADDRESS_PART}$(?!\n)")]
+Clock = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$(?!\n)")]
+Locale = Annotated[str, Meta(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*$(?!\n)", max_length=35)]
+TimeZone = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_+\-/]*$(?!\n)", max_length=64)]
 WANTED = {  # what a pattern means, by the field it guards
     "base_url": "http(s)://host is expected",
     "email": "must be an e-mail address",
@@ -406,7 +404,7 @@ class PushKeys(Struct):
 class PushSubscription(Struct):
     """What a browser's PushSubscription.toJSON() gives; browsers may add to it."""
 
-    endpoint: Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+/[^\s\\]*\Z")]
+    endpoint: Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+/[^\s\\]*$(?!\n)")]
     keys: PushKeys
 
 
@@ -715,7 +713,7 @@ def describe(error: BaseException) -> str:
 
 
 # ═══ 5 · Callers ══════════════════════════════════════════════════════════════════════════════
-# Who is asking is settled by guards, before a body is read. The owner always comes from here.
+# Who is asking is settled before a body is read. The owner always comes from here.
 
 COOKIE = "bellhop_session"
 SESSION_DAYS = 30
@@ -742,7 +740,7 @@ class Gatekeeper:
         self.provider_key = load_public_key(settings.jwt_public_key) if settings.jwt_public_key else None
         self.keys: dict[bytes, tuple[float, Caller]] = {}
 
-    async def identify(self, request: ASGIConnection[Any, Any, Any, Any]) -> Caller:
+    async def identify(self, request: Ask) -> Caller:
         """The caller of a request, or 401."""
         headers = request.headers
         if authorization := headers.get("authorization"):
@@ -805,7 +803,7 @@ class Gatekeeper:
             trust = "link" if claims.get("provider") else "user"
         return make_token(self.session_key, claims["sub"], timedelta(days=SESSION_DAYS), trust=trust)
 
-    def proxied_user(self, request: ASGIConnection[Any, Any, Any, Any]) -> str:
+    def proxied_user(self, request: Ask) -> str:
         """The user a trusted proxy names; its header counts from its own addresses only."""
         name, client = self.settings.proxy_user_header, request.scope.get("client")
         if not name or not client or not request.headers.get(name):
@@ -841,7 +839,7 @@ def decode_token(token: str, key: Any, algorithm: str, audience: str | None = No
     return claims
 
 
-def refuse_other_sites(request: ASGIConnection[Any, Any, Any, Any], base_url: str, strict: bool) -> None:
+def refuse_other_sites(request: Ask, base_url: str, strict: bool) -> None:
     """A change a browser's cookie proves must come from our own pages; strict: and say so."""
     if request.scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return
@@ -867,14 +865,14 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
 }
 
 
-async def admit(request: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """The guard of every route: settle who asks, and whether this caller may."""
-    if (by := handler.opt.get("by")) is None:
+async def admit(request: Ask) -> None:
+    """Before every handler: settle who asks, and whether this caller may."""
+    if (by := request.route_handler.opt.get("by")) is None:
         return
-    service = request.app.state.service
-    caller = request.scope["user"] = await service.gate.identify(request)
+    bell = request.bell
+    request.scope["user"] = caller = await bell.gate.identify(request)
     if caller.by_cookie:
-        refuse_other_sites(request, service.settings.base_url, strict=True)
+        refuse_other_sites(request, bell.settings.base_url, strict=True)
     allowed, words = ADMITTED[by]
     if not allowed(caller):
         raise Problem("forbidden", words)
@@ -1597,26 +1595,33 @@ class InboxStream:
 
 # ═══ 10 · API ═════════════════════════════════════════════════════════════════════════════════
 # One decorator, one sentence, one statement, one return. Existence and ownership are in the SQL:
-# `mine` is the database with the caller's user_id filled in.
+# request.mine is the database with the caller's user_id filled in.
 
 BATCH_BYTES, BODY_BYTES, BODY_DEPTH = 4 * 1024 * 1024, 256 * 1024, 32
 PRIVATE = {"Cache-Control": "no-store"}
-Bell = NamedDependency["Service"]
-Mine = NamedDependency[Db]
-Ask = Request[Caller, Any, State]
 Limit = Annotated[int, QueryParameter(ge=1, le=100)]
 
 
-class JsonRequest(Ask):
-    """A request whose body is decoded strictly into the type its handler names."""
+class Ask(Request[Caller, Any, State]):
+    """A request; its body is decoded strictly into the type its handler names."""
+
+    @property
+    def bell(self) -> Service:
+        return self.app.state.service
+
+    @property
+    def mine(self) -> Db:
+        """The database with the caller filled in; a program has no user_id and must name one."""
+        caller = self.user
+        own = {"user_id": caller.user_id} if caller.user_id else {}
+        return self.bell.db.bind(for_admin=caller.admin, **own)
 
     async def json(self) -> Any:
         """The body; every way in which JSON can be unacceptable is a 400 or 415 of ours."""
-        body, kind = await self.body(), self.headers.get("content-type", "")
-        if not is_json(kind) and (kind or body):
+        if not is_json(self.headers.get("content-type", "")):
             raise Problem("unsupported_media_type")
         field = self.route_handler.parsed_data_field
-        return decode_body(body, field.annotation if field else Any)
+        return decode_body(await self.body(), field.annotation if field else Any)
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:
@@ -1693,9 +1698,7 @@ class InboxApi(Controller):
     opt, response_headers = {"by": "user"}, PRIVATE
 
     @post("/api/notifications", by="sender")
-    async def create_notification(
-        self, request: Ask, mine: Mine, bell: Bell, data: JSONBody[NotificationCreate]
-    ) -> Response[Any]:
+    async def create_notification(self, request: Ask, data: JSONBody[NotificationCreate]) -> Response[Any]:
         """Store a notification: 201, or 200 when its key was seen before. With user_ids one for each
         user; with deliver_at 202, and it is stored when due."""
         users, key = recipients(request.user, data), header_key(request)
@@ -1705,8 +1708,10 @@ class InboxApi(Controller):
         if data.deliver_at is not None:
             kept = {"user_id": users[0], "idempotency_key": items[0].idempotency_key, "deliver_at": None}
             payload = encode(msgspec.structs.replace(data, **kept))
-            return answer(await mine.one("create_scheduled", payload=payload, due_at=data.deliver_at), 202)
-        rows = await bell.intake.create(items)
+            return answer(
+                await request.mine.one("create_scheduled", payload=payload, due_at=data.deliver_at), 202
+            )
+        rows = await request.bell.intake.create(items)
         if data.user_ids is None:
             return answer(rows[0].answer, 201 if rows[0].inserted else 200)
         by_user = {row.user_id: row for row in rows}
@@ -1716,7 +1721,6 @@ class InboxApi(Controller):
     async def list_notifications(
         self,
         request: Ask,
-        mine: Mine,
         unread: FromQuery[bool] = False,
         archived: FromQuery[bool] = False,
         event: Annotated[str | None, QueryParameter(max_length=120)] = None,
@@ -1725,7 +1729,7 @@ class InboxApi(Controller):
     ) -> Response[Any]:
         """The caller's notifications, newest first; 304 when the caller has this very answer."""
         wanted = {"unread": unread, "archived": archived, "event": event, "limit": limit, "cursor": cursor}
-        content = msgspec.json.encode(await mine.one("list_notifications", **wanted))
+        content = msgspec.json.encode(await request.mine.one("list_notifications", **wanted))
         tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
         headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
         known = request.headers.get("if-none-match", "")
@@ -1734,52 +1738,54 @@ class InboxApi(Controller):
         return Response(content, media_type=MediaType.JSON, headers=headers)
 
     @patch("/api/notifications")
-    async def mark_notifications(self, mine: Mine, data: JSONBody[MarkRead]) -> Any:
+    async def mark_notifications(self, request: Ask, data: JSONBody[MarkRead]) -> Any:
         """Mark one notification read, or all up to and including `before`."""
         if data.notification_id is None:
-            return await mine.one("update_all_notifications", before=data.before)
-        return await mine.one("update_notification", id=data.notification_id, read=True, archived=None)
+            return await request.mine.one("update_all_notifications", before=data.before)
+        return await request.mine.one(
+            "update_notification", id=data.notification_id, read=True, archived=None
+        )
 
     @patch("/api/notifications/{id:uuid}")
     async def update_notification(
-        self, mine: Mine, id: FromPath[UUID], data: JSONBody[NotificationPatch]
+        self, request: Ask, id: FromPath[UUID], data: JSONBody[NotificationPatch]
     ) -> Any:
         """Mark one notification read or unread, archive or restore it; 404 when it is not yours."""
-        return await mine.one("update_notification", id=id, read=data.read, archived=data.archived)
+        return await request.mine.one("update_notification", id=id, read=data.read, archived=data.archived)
 
     @get("/api/stream")
-    async def stream(self, request: Ask, bell: Bell) -> ASGIApp:
+    async def stream(self, request: Ask) -> ASGIApp:
         """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
-        return InboxStream(bell.db, bell.hub, request.user.user_id)
+        return InboxStream(request.bell.db, request.bell.hub, request.user.user_id)
 
     @get("/api/preferences")
-    async def get_preferences(self, mine: Mine) -> Any:
+    async def get_preferences(self, request: Ask) -> Any:
         """The caller's choices."""
-        return {"preferences": (await mine.one("get_preferences"))["preferences"]}
+        return {"preferences": (await request.mine.one("get_preferences"))["preferences"]}
 
     @patch("/api/preferences")
-    async def update_preferences(self, mine: Mine, data: JSONBody[PreferencesPatch]) -> Any:
+    async def update_preferences(self, request: Ask, data: JSONBody[PreferencesPatch]) -> Any:
         """Merge into the caller's choices."""
-        saved = await mine.one("update_preferences", patch=encode(data), by_user=True)
+        saved = await request.mine.one("update_preferences", patch=encode(data), by_user=True)
         return {"preferences": saved["preferences"]}
 
     @get("/api/push/key")
-    async def get_push_key(self, bell: Bell) -> Any:
+    async def get_push_key(self, request: Ask) -> Any:
         """What a browser subscribes with."""
-        return {"public_key": bell.outbound.public_key}
+        return {"public_key": request.bell.outbound.public_key}
 
     @post("/api/push/subscriptions")
-    async def create_push_subscription(self, mine: Mine, data: JSONBody[PushSubscription]) -> Response[Any]:
+    async def create_push_subscription(self, request: Ask, data: JSONBody[PushSubscription]) -> Response[Any]:
         """Register a browser: 201, or 200 when it was known; another user's moves to the caller."""
         where = {"endpoint": data.endpoint, "host": urlsplit(data.endpoint).hostname}
         keys = msgspec.structs.asdict(data.keys)
-        row = await mine.one("create_push_subscription", **where, **keys)
+        row = await request.mine.one("create_push_subscription", **where, **keys)
         return answer({"id": row["id"]}, 201 if row["added"] else 200)
 
     @delete("/api/push/subscriptions")
-    async def delete_push_subscription(self, mine: Mine, data: JSONBody[Endpoint]) -> None:
+    async def delete_push_subscription(self, request: Ask, data: JSONBody[Endpoint]) -> None:
         """Forget a browser; also when there was none."""
-        await mine.run("delete_push_subscription", endpoint=data.endpoint)
+        await request.mine.run("delete_push_subscription", endpoint=data.endpoint)
 
 
 class ProgramApi(Controller):
@@ -1788,16 +1794,14 @@ class ProgramApi(Controller):
     opt, response_headers = {"by": "program"}, PRIVATE
 
     @post("/api/notifications/preview", status_code=200)
-    async def preview_notification(
-        self, request: Ask, bell: Bell, data: JSONBody[NotificationCreate]
-    ) -> Response[Any]:
+    async def preview_notification(self, request: Ask, data: JSONBody[NotificationCreate]) -> Response[Any]:
         """What would happen to a notification; nothing is stored."""
         users, key = recipients(request.user, data), header_key(request)
-        rows = await bell.intake.preview([make_item(user, data, key) for user in users])
+        rows = await request.bell.intake.preview([make_item(user, data, key) for user in users])
         return answer(rows[0].answer if data.user_ids is None else results(rows))
 
     @post("/api/notifications/batch", request_max_body_size=BATCH_BYTES)
-    async def create_notifications(self, request: Ask, bell: Bell, data: JSONBody[Batch]) -> Any:
+    async def create_notifications(self, request: Ask, data: JSONBody[Batch]) -> Any:
         """Store up to 1,000 notifications, all or none."""
         key, items = header_key(request), []
         for index, asked in enumerate(data.notifications):
@@ -1806,37 +1810,43 @@ class ProgramApi(Controller):
                 raise FieldError(f"{place}deliver_at", "Expected outside of a batch")
             user = recipients(request.user, asked, place)[0]
             items.append(make_item(user, asked, key and f"{key}:{index}"))
-        return results(await bell.intake.create(items))
+        return results(await request.bell.intake.create(items))
 
     @post("/api/resolve", status_code=200)
-    async def resolve(self, bell: Bell, data: JSONBody[Subject]) -> Any:
+    async def resolve(self, request: Ask, data: JSONBody[Subject]) -> Any:
         """Settle a subject for every user: read, archived, and out of every message not yet sent."""
-        users = await bell.db.many("update_resolved_notifications", str, subject_key=data.subject_key)
+        users = await request.bell.db.many("update_resolved_notifications", str, subject_key=data.subject_key)
         for user in set(users):
-            bell.hub.publish(user)
+            request.bell.hub.publish(user)
         return {"resolved": len(users)}
 
     @put("/api/users/{user_id:str}")
-    async def update_user(self, mine: Mine, user_id: PathUser, data: JSONBody[ContactPatch]) -> Any:
+    async def update_user(self, request: Ask, user_id: PathUser, data: JSONBody[ContactPatch]) -> Any:
         """Set how a user is reached."""
-        return await mine.one("update_preferences", user_id=user_id, patch=encode(data), by_user=False)
+        return await request.mine.one(
+            "update_preferences", user_id=user_id, patch=encode(data), by_user=False
+        )
 
     @patch("/api/users/{user_id:str}/preferences")
     async def update_user_preferences(
-        self, mine: Mine, user_id: PathUser, data: JSONBody[PreferencesPatch]
+        self, request: Ask, user_id: PathUser, data: JSONBody[PreferencesPatch]
     ) -> Any:
         """Merge into a user's choices."""
         wish = {"patch": encode(data), "by_user": False}
-        return {"preferences": (await mine.one("update_preferences", user_id=user_id, **wish))["preferences"]}
+        return {
+            "preferences": (await request.mine.one("update_preferences", user_id=user_id, **wish))[
+                "preferences"
+            ]
+        }
 
     @post("/api/users/{user_id:str}/token")
     async def create_user_token(
-        self, bell: Bell, user_id: PathUser, data: JSONBody[TokenRequest | None] = None
+        self, request: Ask, user_id: PathUser, data: JSONBody[TokenRequest | None] = None
     ) -> Any:
         """A user token: HS256, `sub` is the user."""
         life = timedelta(minutes=data.minutes if data else 60)
         return {
-            "token": make_token(bell.settings.secret, user_id, life),
+            "token": make_token(request.bell.settings.secret, user_id, life),
             "expires_at": datetime.now(UTC) + life,
         }
 
@@ -1847,20 +1857,20 @@ class AdminApi(Controller):
     opt, response_headers = {"by": "admin"}, PRIVATE
 
     @post("/api/keys")
-    async def create_key(self, mine: Mine, data: JSONBody[KeyCreate]) -> Any:
+    async def create_key(self, request: Ask, data: JSONBody[KeyCreate]) -> Any:
         """A new API key; the secret is told this once."""
-        return await add_key(mine, data.name, data.scope)
+        return await add_key(request.mine, data.name, data.scope)
 
     @delete("/api/keys/{id:uuid}")
-    async def delete_key(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> None:
+    async def delete_key(self, request: Ask, id: FromPath[UUID]) -> None:
         """Revoke an API key, at once in this process."""
-        await mine.one("delete_api_key", id=id)
-        bell.gate.keys.clear()
+        await request.mine.one("delete_api_key", id=id)
+        request.bell.gate.keys.clear()
 
     @get("/api/deliveries")
     async def list_deliveries(
         self,
-        mine: Mine,
+        request: Ask,
         status: FromQuery[Status | None] = None,
         channel: FromQuery[Channel | None] = None,
         user_id: FromQuery[str | None] = None,
@@ -1869,52 +1879,51 @@ class AdminApi(Controller):
     ) -> Any:
         """What became of notifications, of all users, newest first."""
         wanted = {"status": status, "channel": channel, "about": user_id, "limit": limit, "cursor": cursor}
-        return await mine.one("list_deliveries", **wanted)
+        return await request.mine.one("list_deliveries", **wanted)
 
     @post("/api/deliveries/{id:uuid}/retry", status_code=200)
-    async def retry_delivery(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> Any:
+    async def retry_delivery(self, request: Ask, id: FromPath[UUID]) -> Any:
         """Put a failed delivery back in the queue, with what left beside it; 409 unless failed."""
-        if (await mine.one("retry_delivery", id=id))["status"] != "failed":
+        if (await request.mine.one("retry_delivery", id=id))["status"] != "failed":
             raise Problem("conflict", "Only a failed delivery can be tried again")
-        bell.worker.wake.set()
+        request.bell.worker.wake.set()
         return {"id": id}
 
     @post("/api/deliveries/retry", status_code=200)
-    async def retry_deliveries(self, mine: Mine, data: JSONBody[RetryRequest]) -> Any:
+    async def retry_deliveries(self, request: Ask, data: JSONBody[RetryRequest]) -> Any:
         """Put all failed deliveries (of a channel) back in the queue, spread out."""
-        return await mine.one("retry_deliveries", channel=data.channel)
+        return await request.mine.one("retry_deliveries", channel=data.channel)
 
     @post("/api/webhooks")
-    async def create_webhook(self, mine: Mine, bell: Bell, data: JSONBody[WebhookCreate]) -> Any:
+    async def create_webhook(self, request: Ask, data: JSONBody[WebhookCreate]) -> Any:
         """A new endpoint; its signing secret is told this once."""
-        secret, sealed = new_webhook_secret(bell.settings.secret)
-        host = webhook_host(bell.settings, data.url)
+        secret, sealed = new_webhook_secret(request.bell.settings.secret)
+        host = webhook_host(request.bell.settings, data.url)
         fields = msgspec.structs.asdict(data) | {"host": host, "secret": sealed}
-        return await mine.one("create_webhook", **fields) | {"secret": secret}
+        return await request.mine.one("create_webhook", **fields) | {"secret": secret}
 
     @patch("/api/webhooks/{id:uuid}")
-    async def update_webhook(
-        self, mine: Mine, bell: Bell, id: FromPath[UUID], data: JSONBody[WebhookPatch]
-    ) -> Any:
+    async def update_webhook(self, request: Ask, id: FromPath[UUID], data: JSONBody[WebhookPatch]) -> Any:
         """Change an endpoint, or switch it off or on again."""
-        host = webhook_host(bell.settings, data.url)
-        return await mine.one("update_webhook", id=id, host=host, patch=encode(data))
+        host = webhook_host(request.bell.settings, data.url)
+        return await request.mine.one("update_webhook", id=id, host=host, patch=encode(data))
 
     @post("/api/webhooks/{id:uuid}/rotate", status_code=200)
-    async def rotate_webhook(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> Any:
+    async def rotate_webhook(self, request: Ask, id: FromPath[UUID]) -> Any:
         """A new signing secret; the old one still signs for 24 hours."""
-        secret, sealed = new_webhook_secret(bell.settings.secret)
-        return await mine.one("update_webhook_secret", id=id, secret=sealed) | {"secret": secret}
+        secret, sealed = new_webhook_secret(request.bell.settings.secret)
+        return await request.mine.one("update_webhook_secret", id=id, secret=sealed) | {"secret": secret}
 
     @post("/api/webhooks/{id:uuid}/test", status_code=200)
-    async def ping_webhook(self, mine: Mine, bell: Bell, id: FromPath[UUID]) -> Outcome:
+    async def ping_webhook(self, request: Ask, id: FromPath[UUID]) -> Outcome:
         """Send a ping now and say how it went."""
         address = {
-            name: msgspec.json.decode(part) for name, part in (await mine.one("get_webhook", id=id)).items()
+            name: msgspec.json.decode(part)
+            for name, part in (await request.mine.one("get_webhook", id=id)).items()
         }
         ping, now = new_id(), datetime.now(UTC)
         message = Outgoing("", ping, 0, "webhook", "", "en", 0, now, address, 1, ping, "bellhop.ping", [])
-        return await bell.outbound.send_webhook(message)
+        return await request.bell.outbound.send_webhook(message)
 
 
 async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> dict[str, Any]:
@@ -1929,8 +1938,8 @@ async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> di
 def statement(method: str, path: str, by: str, name: str, about: str, status: int = 200) -> HTTPRouteHandler:
     """A route that is one statement: caller and path are its parameters, its row is the answer."""
 
-    async def run(request: Ask, mine: Mine) -> Any:
-        row = await mine.one(name, **request.path_params)
+    async def run(request: Ask) -> Any:
+        row = await request.mine.one(name, **request.path_params)
         return row if status != 204 else None
 
     run.__name__, run.__doc__ = name, about
@@ -2041,50 +2050,46 @@ class UserPages(Controller):
 
     @get("/")
     async def show_inbox(
-        self,
-        request: Ask,
-        mine: Mine,
-        bell: Bell,
-        unread: FromQuery[bool] = False,
-        archived: FromQuery[bool] = False,
+        self, request: Ask, unread: FromQuery[bool] = False, archived: FromQuery[bool] = False
     ) -> Response[Any]:
         """The inbox."""
         wanted = {"unread": unread, "archived": archived, "event": None, "limit": 30, "cursor": None}
-        return await bell.pages.show(
+        return await request.bell.pages.show(
             request,
             "inbox.html",
-            contact=mine.one("get_preferences"),
-            listing=mine.one("list_notifications", **wanted),
-            **plain(await mine.one("list_outbox")),
+            contact=request.mine.one("get_preferences"),
+            listing=request.mine.one("list_notifications", **wanted),
+            **plain(await request.mine.one("list_outbox")),
         )
 
     @get("/n/{id:uuid}")
-    async def show_notification(
-        self, request: Ask, mine: Mine, bell: Bell, id: FromPath[UUID]
-    ) -> Response[Any]:
+    async def show_notification(self, request: Ask, id: FromPath[UUID]) -> Response[Any]:
         """One notification: where the links of mails and pushes lead."""
-        shown = plain(await mine.one("get_notification", id=id))
-        return await bell.pages.show(
-            request, "notification.html", contact=mine.one("get_preferences"), **shown
+        shown = plain(await request.mine.one("get_notification", id=id))
+        return await request.bell.pages.show(
+            request, "notification.html", contact=request.mine.one("get_preferences"), **shown
         )
 
     @get("/preferences")
-    async def show_preferences(self, request: Ask, mine: Mine, bell: Bell) -> Response[Any]:
+    async def show_preferences(self, request: Ask) -> Response[Any]:
         """The user's choices."""
-        contact, seen = plain(await mine.one("get_preferences")), plain(await mine.one("list_event_names"))
-        known = {"preferences": contact["preferences"], "push_key": bell.outbound.public_key}
-        return await bell.pages.show(request, "preferences.html", contact=contact, **known, **seen)
+        contact, seen = (
+            plain(await request.mine.one("get_preferences")),
+            plain(await request.mine.one("list_event_names")),
+        )
+        known = {"preferences": contact["preferences"], "push_key": request.bell.outbound.public_key}
+        return await request.bell.pages.show(request, "preferences.html", contact=contact, **known, **seen)
 
     @get("/admin", by="admin")
-    async def show_admin(self, request: Ask, mine: Mine, bell: Bell) -> Response[Any]:
+    async def show_admin(self, request: Ask) -> Response[Any]:
         """What is failing, and the keys of the house."""
         failed = {"status": "failed", "channel": None, "about": None, "limit": 30, "cursor": None}
-        return await bell.pages.show(
+        return await request.bell.pages.show(
             request,
             "admin.html",
-            stats=mine.one("get_stats"),
-            failed=mine.one("list_deliveries", **failed),
-            **plain(await mine.one("list_api_keys") | await mine.one("list_webhooks")),
+            stats=request.mine.one("get_stats"),
+            failed=request.mine.one("list_deliveries", **failed),
+            **plain(await request.mine.one("list_api_keys") | await request.mine.one("list_webhooks")),
         )
 
 
@@ -2094,56 +2099,64 @@ class PublicPages(Controller):
     include_in_schema = False
 
     @get("/login")
-    async def show_login(self, request: Ask, bell: Bell) -> Response[Any]:
+    async def show_login(self, request: Ask) -> Response[Any]:
         """Where a sign-in link lands."""
-        return await bell.pages.show(request, "login.html")
+        return await request.bell.pages.show(request, "login.html")
 
     @post("/login", status_code=200)
-    async def login(self, request: Ask, bell: Bell, data: JSONBody[LoginRequest]) -> Response[Any]:
+    async def login(self, request: Ask, data: JSONBody[LoginRequest]) -> Response[Any]:
         """Trade a token for the page's cookie."""
-        refuse_other_sites(request, bell.settings.base_url, strict=False)
-        cookie = session_cookie(bell.settings, bell.gate.start_session(data.token), SESSION_DAYS * 86400)
+        refuse_other_sites(request, request.bell.settings.base_url, strict=False)
+        cookie = session_cookie(
+            request.bell.settings, request.bell.gate.start_session(data.token), SESSION_DAYS * 86400
+        )
         return Response({"ok": True}, cookies=[cookie])
 
     @post("/logout", status_code=200)
-    async def logout(self, request: Ask, bell: Bell) -> Response[Any]:
+    async def logout(self, request: Ask) -> Response[Any]:
         """Take the cookie away."""
-        refuse_other_sites(request, bell.settings.base_url, strict=True)
-        return Response({"ok": True}, cookies=[session_cookie(bell.settings, "", 0)])
+        refuse_other_sites(request, request.bell.settings.base_url, strict=True)
+        return Response({"ok": True}, cookies=[session_cookie(request.bell.settings, "", 0)])
 
     @get("/unsubscribe/{token:str}")
-    async def show_unsubscribe(self, request: Ask, bell: Bell, token: FromPath[str]) -> Response[Any]:
+    async def show_unsubscribe(self, request: Ask, token: FromPath[str]) -> Response[Any]:
         """A form; looking at it changes nothing."""
-        known = read_unsubscribe(bell.settings.secret, token)
+        known = read_unsubscribe(request.bell.settings.secret, token)
         event = known and known[1]
-        return await bell.pages.show(
+        return await request.bell.pages.show(
             request, "unsubscribe.html", token_ok=bool(known), done=False, event_name=event
         )
 
     @post("/unsubscribe/{token:str}", status_code=200)
-    async def unsubscribe(self, request: Ask, bell: Bell, token: FromPath[str]) -> Response[Any]:
+    async def unsubscribe(self, request: Ask, token: FromPath[str]) -> Response[Any]:
         """Switch the user's e-mail off, or just this event's; the link is proof enough."""
-        known = read_unsubscribe(bell.settings.secret, token)
+        known = read_unsubscribe(request.bell.settings.secret, token)
         if known is None:
             raise Problem("not_found")
         event = known[1] if b"event=" in await request.body() else None
-        await bell.db.run("update_unsubscribed", user_id=known[0], event=event)
-        return await bell.pages.show(request, "unsubscribe.html", token_ok=True, done=True, event_name=event)
+        await request.bell.db.run("update_unsubscribed", user_id=known[0], event=event)
+        return await request.bell.pages.show(
+            request, "unsubscribe.html", token_ok=True, done=True, event_name=event
+        )
 
     @get("/assets/{version:str}/{name:str}")
-    async def get_asset(self, bell: Bell, version: FromPath[str], name: FromPath[str]) -> Response[Any]:
+    async def get_asset(self, request: Ask, version: FromPath[str], name: FromPath[str]) -> Response[Any]:
         """A file of the page, cached for a year under its version."""
-        if name not in bell.pages.files:
+        if name not in request.bell.pages.files:
             raise Problem("not_found")
-        cache = "public, max-age=31536000, immutable" if version == bell.pages.version else "no-cache"
+        cache = "public, max-age=31536000, immutable" if version == request.bell.pages.version else "no-cache"
         media_type = ASSETS[name.rpartition(".")[2]]
-        return Response(bell.pages.files[name], media_type=media_type, headers={"Cache-Control": cache})
+        return Response(
+            request.bell.pages.files[name], media_type=media_type, headers={"Cache-Control": cache}
+        )
 
     @get(["/bell.js", "/sw.js"])
-    async def get_script(self, request: Ask, bell: Bell) -> Response[Any]:
+    async def get_script(self, request: Ask) -> Response[Any]:
         """The widget and the service worker, which live at the root."""
         headers = {"Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
-        return Response(bell.pages.files[request.url.path[1:]], media_type="text/javascript", headers=headers)
+        return Response(
+            request.bell.pages.files[request.url.path[1:]], media_type="text/javascript", headers=headers
+        )
 
 
 # ═══ 12 · Operations ══════════════════════════════════════════════════════════════════════════
@@ -2187,16 +2200,16 @@ class Operations(Controller):
     """What operators and their tools ask for."""
 
     @get("/health/live")
-    async def get_liveness(self) -> dict[str, str]:
+    async def get_liveness(self, request: Ask) -> dict[str, str]:
         """The event loop turns."""
         return {"status": "ok"}
 
     @get("/health/ready")
-    async def get_readiness(self, bell: Bell) -> dict[str, str]:
+    async def get_readiness(self, request: Ask) -> dict[str, str]:
         """200 when the database answers and every background loop runs, else 503 naming the part."""
-        down = bell.loops.down()
+        down = request.bell.loops.down()
         try:
-            await bell.db.one("get_readiness")
+            await request.bell.db.one("get_readiness")
         except (TimeoutError, psycopg.Error, PoolTimeout):
             down.append("database")
         if down:
@@ -2204,23 +2217,30 @@ class Operations(Controller):
         return {"status": "ok"}
 
     @get("/metrics", include_in_schema=False)
-    async def get_metrics(self, bell: Bell) -> Response[Any]:
+    async def get_metrics(self, request: Ask) -> Response[Any]:
         """Everything countable, as Prometheus reads it."""
-        stats = plain(await bell.db.one("get_stats"))
+        stats = plain(await request.bell.db.one("get_stats"))
         METRICS.oldest.set(stats["oldest_due_seconds"] or 0)
         for row in stats["counts"]:
             METRICS.statuses.labels(row["channel"], row["status"]).set(row["n"])
         for row in stats["breakers"]:
             METRICS.breakers.labels(row["provider"]).set(row["paused_until"] is not None)
         for what in ("pool_size", "pool_available", "requests_waiting"):
-            METRICS.pool.labels(what).set(bell.pool.get_stats().get(what, 0))
+            METRICS.pool.labels(what).set(request.bell.pool.get_stats().get(what, 0))
         text = prometheus_client.generate_latest(METRICS.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @get("/openapi.json", include_in_schema=False)
     async def get_openapi(self, request: Ask) -> Response[Any]:
-        """The schema of the API."""
-        return answer(request.app.openapi_schema.to_schema())
+        """The schema of the API: paths and bodies as the code has them, answers as SQL gives them."""
+        schema = request.app.openapi_schema.to_schema()
+        told = msgspec.json.decode((HERE / "templates/openapi.json").read_bytes())
+        told["components"]["schemas"] = schema["components"]["schemas"] | told["components"]["schemas"]
+        for method, path, by, errors, answers in told["operations"]:
+            named = (answers | told["errors"][errors]).items()
+            known = {status: {"$ref": f"#/components/responses/{name}"} for status, name in named}
+            schema["paths"][path][method].update(security=told["security"][by], responses=known)
+        return answer(schema | {"components": told["components"]})
 
 
 # ═══ 13 · Embedded PostgreSQL ════════════════════════════════════════════════════════════════
@@ -2548,17 +2568,6 @@ class HeadAsGet:
         return await self.app(cast("Any", {**scope, "method": "GET"}), receive, send_head)
 
 
-async def provide_mine(request: Request[Any, Any, Any]) -> Db:
-    """The database with the caller filled in; a program has no user_id and must name one."""
-    caller, db = request.user, request.app.state.service.db
-    own = {"user_id": caller.user_id} if caller.user_id else {}
-    return db.bind(for_admin=caller.admin, **own)
-
-
-async def provide_bell(state: State) -> Service:
-    return state.service
-
-
 # The route table: each says at its head who may call.
 ROUTES = [InboxApi, ProgramApi, AdminApi, UserPages, PublicPages, Operations]
 ROUTES += [statement(*route) for route in STATEMENTS]
@@ -2581,13 +2590,12 @@ def create_app(settings: Settings) -> Litestar:
     app = Litestar(
         route_handlers=ROUTES,
         lifespan=[lifespan],
-        dependencies={"bell": Provide(provide_bell), "mine": Provide(provide_mine)},
         exception_handlers={Exception: answer_error},
-        guards=[admit],
-        request_class=JsonRequest,
+        before_request=admit,
+        request_class=Ask,
         request_max_body_size=BODY_BYTES,
         response_headers={"X-Content-Type-Options": "nosniff"},
-        openapi_config=OpenAPIConfig("Bellhop", VERSION, create_examples=False),
+        openapi_config=OpenAPIConfig("Bellhop", VERSION, create_examples=False, use_handler_docstrings=True),
         cors_config=cors if settings.cors_origins else None,
         logging_config=None,
         state=State({"service": service}),

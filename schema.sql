@@ -235,9 +235,9 @@ CREATE TABLE IF NOT EXISTS intake (
 );
 COMMENT ON TABLE intake IS 'INSERT INTO intake (payload, due_at) inside your own transaction';
 CREATE INDEX IF NOT EXISTS intake_due ON intake (due_at) WHERE error IS NULL;
-    -- serves: claim_intake
+    -- serves: list_due_intake
 CREATE INDEX IF NOT EXISTS intake_user ON intake ((payload ->> 'user_id'));
-    -- serves: delete_user, export_user
+    -- serves: delete_user, get_export
 
 -- What holds for a user without a row of choices; the same values as the columns' defaults.
 CREATE OR REPLACE VIEW default_preferences AS

@@ -6,5 +6,6 @@ gone_preferences AS (DELETE FROM notification_preferences WHERE user_id = %(user
 gone_browsers AS (DELETE FROM push_subscriptions WHERE user_id = %(user_id)s::text),
 gone_webhooks AS (DELETE FROM webhook_endpoints WHERE user_id = %(user_id)s::text),
 gone_suppressions AS (DELETE FROM suppressions WHERE user_id = %(user_id)s::text),
-gone_limits AS (DELETE FROM rate_limits WHERE user_id = %(user_id)s::text)
-DELETE FROM intake WHERE payload ->> 'user_id' = %(user_id)s::text
+gone_limits AS (DELETE FROM rate_limits WHERE user_id = %(user_id)s::text),
+gone_intake AS (DELETE FROM intake WHERE payload ->> 'user_id' = %(user_id)s::text)
+SELECT %(user_id)s::text AS user_id

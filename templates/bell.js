@@ -144,6 +144,7 @@
 		connectedCallback() {
 			document.addEventListener("visibilitychange", this.#start);
 			document.addEventListener("pointerdown", this.#pressedOutside);
+			document.addEventListener("keydown", this.#escape);
 			systemDark.addEventListener("change", this.#dress);
 			addEventListener("online", this.#start);
 			this.#dress();
@@ -153,6 +154,7 @@
 		disconnectedCallback() {
 			document.removeEventListener("visibilitychange", this.#start);
 			document.removeEventListener("pointerdown", this.#pressedOutside);
+			document.removeEventListener("keydown", this.#escape);
 			systemDark.removeEventListener("change", this.#dress);
 			removeEventListener("online", this.#start);
 			this.#stream?.abort();
@@ -184,7 +186,6 @@
 			bell.setAttribute("part", "bell");
 			badge.setAttribute("part", "badge");
 			panel.setAttribute("part", "panel");
-			box.onkeydown = (event) => { if (event.key === "Escape" && !panel.hidden) { this.toggle(false); bell.focus(); } };
 			box.onfocusout = (event) => { if (event.relatedTarget && !box.contains(event.relatedTarget)) this.toggle(false); };
 			root.append(box);
 			this.#parts = { box, bell, badge, panel, title, all, list, none, inbox, says };
@@ -217,6 +218,7 @@
 			list.replaceChildren(...this.#items.map((item) => this.#line(item)));
 			if (id) (list.querySelector(`[data-id="${id}"] ${tag}`) ?? list.querySelector(`[data-id="${id}"] a`) ?? this.#parts.bell).focus();
 			none.hidden = this.#items.length > 0;
+			if (!this.#count && this.shadowRoot.activeElement === all) this.#parts.bell.focus(); // it goes, the focus stays
 			all.hidden = !this.#count;
 		}
 
@@ -252,6 +254,12 @@
 
 		#pressedOutside = (event) => {
 			if (!this.#parts.panel.hidden && !event.composedPath().includes(this)) this.toggle(false);
+		};
+
+		#escape = (event) => {
+			if (event.key !== "Escape" || this.#parts.panel.hidden) return;
+			this.toggle(false);
+			this.#parts.bell.focus();
 		};
 
 		// ── what the reader does

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import app
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import Running, eventually
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+
+import app
 
 Post = Callable[..., dict[str, Any]]
 OpenPage = Callable[..., Page]
@@ -161,17 +162,20 @@ class Device:
     """A browser of a user: pages share its cookie and storage; nothing may go wrong unseen in any of them."""
 
     def __init__(self, context: BrowserContext, url: str) -> None:
-        self.context, self.url, self.faults = context, url, []
+        self.context, self.url, self.seen, self.excused = context, url, [], "^$"
         context.on("page", self.watch)
 
+    def faults(self) -> list[str]:
+        return [fault for fault in self.seen if not re.search(self.excused, fault)]
+
     def watch(self, page: Page) -> None:
-        page.on("console", lambda said: said.type == "error" and self.faults.append(said.text))
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and self.seen.append(said.text))
+        page.on("pageerror", lambda error: self.seen.append(str(error)))
         page.on("request", self.check_origin)
 
     def check_origin(self, request: Any) -> None:
         if not request.url.startswith((self.url + "/", "data:", "about:")):
-            self.faults.append(f"asked another origin: {request.url}")
+            self.seen.append(f"asked another origin: {request.url}")
 
     def open(self, path: str = "/") -> Page:
         page = self.context.new_page()
@@ -185,7 +189,9 @@ class Device:
 
 
 @pytest.fixture
-def device(browser: Browser, service: Running, sign_in: Callable[..., str]) -> Iterator[Callable[..., Device]]:
+def device(
+    browser: Browser, service: Running, sign_in: Callable[..., str]
+) -> Iterator[Callable[..., Device]]:
     """Devices of a user (None: of nobody); at the end each must have been free of faults."""
     devices: list[Device] = []
 
@@ -203,7 +209,7 @@ def device(browser: Browser, service: Running, sign_in: Callable[..., str]) -> I
     yield make
     for one in devices:
         one.context.close()
-    faults = [fault for one in devices for fault in one.faults]
+    faults = [fault for one in devices for fault in one.faults()]
     assert not faults
 
 
@@ -255,7 +261,10 @@ def test_every_page_is_accessible(device: Callable[..., Device], post: Post, sch
     options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
     insider, stranger = device(admin=True, **options), device(None, **options)
     inside = ["/", "/?unread=1", "/?archived=1", f"/n/{sent[-1]['id']}", "/preferences", "/admin"]
-    seen = [insider.open(path) for path in inside] + [stranger.open("/login"), stranger.open("/unsubscribe/nothing")]
+    seen = [insider.open(path) for path in inside] + [
+        stranger.open("/login"),
+        stranger.open("/unsubscribe/nothing"),
+    ]
     for page in seen:
         page.wait_for_load_state()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), page.url
@@ -264,7 +273,9 @@ def test_every_page_is_accessible(device: Callable[..., Device], post: Post, sch
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_what_opens_on_a_page_is_accessible_too(device: Callable[..., Device], post: Post, scheme: str) -> None:
+def test_what_opens_on_a_page_is_accessible_too(
+    device: Callable[..., Device], post: Post, scheme: str
+) -> None:
     fill_inbox(post)
     page = device(color_scheme=scheme).open_live()
     page.keyboard.press("j")
@@ -277,15 +288,16 @@ def test_what_opens_on_a_page_is_accessible_too(device: Callable[..., Device], p
 
 def test_a_missing_page_says_so_accessibly(device: Callable[..., Device]) -> None:
     reader = device()
+    reader.excused = "404"
     page = reader.open("/n/01890000-0000-7000-8000-000000000000")
     expect(page.locator("h1")).to_have_text("Nothing at this address")
     assert not Axe().run(page).response["violations"]
-    assert [fault for fault in reader.faults if "404" not in fault] == []
-    reader.faults.clear()
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_nothing_overflows_the_smallest_screen(device: Callable[..., Device], post: Post, api: httpx.Client, language: str) -> None:
+def test_nothing_overflows_the_smallest_screen(
+    device: Callable[..., Device], post: Post, api: httpx.Client, language: str
+) -> None:
     sent = fill_inbox(post)
     api.put("/api/users/alice", json={"locale": language})
     phone = device(admin=True, viewport={"width": 320, "height": 600})
@@ -293,12 +305,15 @@ def test_nothing_overflows_the_smallest_screen(device: Callable[..., Device], po
         page = phone.open(path)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         if path != "/login":
-            assert page.locator("html").get_attribute("lang") == language
+            assert page.locator("html").get_attribute("lang") == language, path
         page.close()
 
 
 def test_no_language_lacks_a_word_or_a_placeholder() -> None:
-    words = {code: json.loads((app.HERE / "templates" / "words" / f"{code}.json").read_text()) for code in LANGUAGES}
+    words = {
+        code: json.loads((app.HERE / "templates" / "words" / f"{code}.json").read_text())
+        for code in LANGUAGES
+    }
     assert LANGUAGES == ["de", "en", "fr", "hi", "id", "ko"]
     for code, texts in words.items():
         assert set(texts) == set(words["en"]), code
@@ -314,29 +329,50 @@ def test_every_word_a_template_asks_for_exists_and_none_is_idle() -> None:
     known = json.loads((folder / "words" / "en.json").read_text())
     mine = ("page.", "js.", "inbox.", "prefs.", "admin.", "login.", "unsubscribe.", "error.")
     asked = set(re.findall(r'["\']((?:%s)[a-z_.]+[a-z])["\']' % "|".join(mine).replace(".", r"\."), texts))
+    asked = {key for key in asked if not key.endswith((".js", ".css", ".html"))}
     plural = {key.removesuffix(".one").removesuffix(".other") for key in known}
     assert asked - plural == set()
-    stems = set(re.findall(r'["\'](?:[a-z]+\.)+[a-z_]*["\'] ?[~+]|(?<=["\'])js\.(?=" ?\+)', texts))
-    built = ("js.severity.", "js.channel.", "page.status.", "page.reason.", "error.", "inbox.", "prefs.", "js.send", "js.skip")
+    built = (
+        "js.severity.",
+        "js.channel.",
+        "page.status.",
+        "page.reason.",
+        "error.",
+        "inbox.",
+        "prefs.",
+        "js.send",
+        "js.skip",
+    )
     idle = {key for key in plural - asked if key.startswith(mine) and not key.startswith(built)}
-    assert idle - {"page.language"} == set(), stems
+    assert idle - {"page.language"} == set()
 
 
 def test_the_whole_inbox_page_weighs_at_most_40_kilobytes(device: Callable[..., Device], post: Post) -> None:
     for number in range(30):
-        post(title=f"Mina commented on page {number}", body="Could you check the numbers for Korea?", target_url="/docs/1")
+        post(
+            title=f"Mina commented on page {number}",
+            body="Could you check the numbers for Korea?",
+            target_url="/docs/1",
+        )
     sizes: dict[str, int] = {}
     reader = device()
     page = reader.context.new_page()
     kinds = ("document", "stylesheet", "script")
-    page.on("response", lambda reply: sizes.update({reply.url: len(reply.body())} if reply.request.resource_type in kinds else {}))
+    page.on(
+        "response",
+        lambda reply: sizes.update(
+            {reply.url: len(reply.body())} if reply.request.resource_type in kinds else {}
+        ),
+    )
     page.goto(reader.url)
     expect(page.locator("#live")).to_have_text("Live")
     assert len(sizes) == 3
     assert sum(sizes.values()) <= 40 * 1024, sizes
 
 
-def test_assets_are_cached_for_a_year_and_no_script_is_inline(service: Running, alice: httpx.Client, sign_in: Callable[..., str]) -> None:
+def test_assets_are_cached_for_a_year_and_no_script_is_inline(
+    service: Running, alice: httpx.Client, sign_in: Callable[..., str]
+) -> None:
     with httpx.Client(base_url=service.url, cookies={app.COOKIE: sign_in("alice")}) as reader:
         page = reader.get("/")
         assert "unsafe" not in page.headers["content-security-policy"]
@@ -349,7 +385,9 @@ def test_assets_are_cached_for_a_year_and_no_script_is_inline(service: Running, 
             assert reply.status_code == 200
 
 
-def test_motion_stops_for_those_who_ask_and_paper_has_no_buttons(device: Callable[..., Device], post: Post) -> None:
+def test_motion_stops_for_those_who_ask_and_paper_has_no_buttons(
+    device: Callable[..., Device], post: Post
+) -> None:
     fill_inbox(post)
     page = device(reduced_motion="reduce").open_live()
     post(title="Fresh")
@@ -359,12 +397,16 @@ def test_motion_stops_for_those_who_ask_and_paper_has_no_buttons(device: Callabl
     expect(lines(page).first).to_be_visible()
 
 
-def test_severity_is_told_by_word_and_sign_not_by_colour_alone(device: Callable[..., Device], post: Post) -> None:
+def test_severity_is_told_by_word_and_sign_not_by_colour_alone(
+    device: Callable[..., Device], post: Post
+) -> None:
     for severity in ("info", "success", "warning", "critical"):
         post(severity=severity)
     page = device().open_live()
     assert page.locator("#list b").all_text_contents() == ["Critical", "Warning", "Success", "Info"]
-    signs = page.eval_on_selector_all("#list b", "all => all.map(b => getComputedStyle(b, '::before').maskPosition)")
+    signs = page.eval_on_selector_all(
+        "#list b", "all => all.map(b => getComputedStyle(b, '::before').maskPosition)"
+    )
     assert len(set(signs)) == 4
 
 
@@ -384,7 +426,9 @@ def test_a_new_notification_shows_on_every_tab_and_device_within_a_second(
         assert unread(alice) == number
 
 
-def test_what_is_read_in_one_place_is_read_everywhere(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
+def test_what_is_read_in_one_place_is_read_everywhere(
+    device: Callable[..., Device], post: Post, alice: httpx.Client
+) -> None:
     for number in range(5):
         post(title=f"News {number}")
     laptop, phone = device(), device()
@@ -414,18 +458,25 @@ def test_only_one_tab_of_a_browser_holds_a_stream(device: Callable[..., Device],
         expect(page.locator("#live")).to_have_text("Live")
 
 
-def test_another_tab_takes_over_when_the_one_with_the_stream_closes(device: Callable[..., Device], post: Post) -> None:
+def test_another_tab_takes_over_when_the_one_with_the_stream_closes(
+    device: Callable[..., Device], post: Post
+) -> None:
     laptop = device()
     first, second = laptop.open_live(), laptop.open_live()
     second.close()
     expect(first.locator("#live")).to_have_text("Live")
-    eventually(lambda: post(title="Still here") and first.wait_for_timeout(200) is None and "Still here" in titles(first))
+    eventually(
+        lambda: (
+            post(title="Still here") and first.wait_for_timeout(200) is None and "Still here" in titles(first)
+        )
+    )
 
 
 def test_a_cut_connection_is_told_discreetly_and_nothing_is_missed(
     device: Callable[..., Device], post: Post, wire: Wire
 ) -> None:
     reader = device(url=wire.url)
+    reader.excused = "net::ERR"
     page = reader.open_live()
     wire.cut()
     expect(page.locator("#live")).to_have_text(re.compile("Connection lost"))
@@ -438,11 +489,11 @@ def test_a_cut_connection_is_told_discreetly_and_nothing_is_missed(
     shows_count(page, 3)
     post(title="And on")
     expect(page.locator("#list h2").first).to_have_text("And on", timeout=WITHIN_A_SECOND)
-    reader.faults.clear()  # the browser itself complains about the cut
 
 
 def test_without_a_stream_the_page_asks_every_30_seconds(device: Callable[..., Device], post: Post) -> None:
     reader = device()
+    reader.excused = "net::ERR"
     reader.context.route("**/api/stream", lambda route: route.abort())
     page = reader.context.new_page()
     page.clock.install()
@@ -454,11 +505,11 @@ def test_without_a_stream_the_page_asks_every_30_seconds(device: Callable[..., D
     reader.context.unroute("**/api/stream")
     page.clock.run_for(60_000)
     expect(page.locator("#live")).to_have_text("Live")
-    reader.faults.clear()
 
 
 def test_a_tab_that_slept_catches_up_when_it_wakes(device: Callable[..., Device], post: Post) -> None:
     reader = device()
+    reader.excused = "net::ERR"
     reader.context.add_init_script(HIDEABLE)
     page = reader.open_live()
     reader.context.route("**/api/**", lambda route: route.abort())
@@ -469,7 +520,6 @@ def test_a_tab_that_slept_catches_up_when_it_wakes(device: Callable[..., Device]
     reader.context.unroute("**/api/**")
     page.evaluate("hide(false)")
     expect(page.locator("#list h2").first).to_have_text("While asleep", timeout=WITHIN_A_SECOND)
-    reader.faults.clear()
 
 
 # ── reading and tidying up
@@ -480,6 +530,7 @@ def test_mark_all_read_spares_what_the_reader_has_not_seen(
 ) -> None:
     post(title="Seen")
     reader = device()
+    reader.excused = "net::ERR"
     page = reader.open_live()
     expect(lines(page)).to_have_count(1)
     reader.context.route("**/api/notifications?*", lambda route: route.abort())
@@ -488,7 +539,6 @@ def test_mark_all_read_spares_what_the_reader_has_not_seen(
     expect(page.locator("#toast")).to_have_text("1 notification marked read")
     left = alice.get("/api/notifications?unread=1").json()["notifications"]
     assert [n["id"] for n in left] == [unseen["id"]]
-    reader.faults.clear()
 
 
 def test_archiving_can_be_undone(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
@@ -533,7 +583,9 @@ def test_load_more_shows_every_notification_once(device: Callable[..., Device], 
     assert titles(page) == [f"News {number}" for number in range(70, -1, -1)]
 
 
-def test_following_a_link_marks_its_notification_read(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
+def test_following_a_link_marks_its_notification_read(
+    device: Callable[..., Device], post: Post, alice: httpx.Client
+) -> None:
     post(title="To the preferences", target_url="/preferences")
     page = device().open_live()
     page.get_by_role("link", name="To the preferences").click()
@@ -574,7 +626,9 @@ def test_the_favicon_carries_the_count(device: Callable[..., Device], post: Post
 # ── keyboard
 
 
-def test_everything_works_by_keyboard_alone(device: Callable[..., Device], service: Running, post: Post, alice: httpx.Client) -> None:
+def test_everything_works_by_keyboard_alone(
+    device: Callable[..., Device], service: Running, post: Post, alice: httpx.Client
+) -> None:
     for title in ("Third", "Second", "First"):
         post(title=title)
     page = device(None).open("/login")
@@ -597,6 +651,7 @@ def test_everything_works_by_keyboard_alone(device: Callable[..., Device], servi
     assert eventually(lambda: unread(alice) == 1)
     focus_by_tab(page, "header nav a[href='/preferences']")
     page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("Preferences")
     focus_by_tab(page, "input[name=email_enabled]")
     page.keyboard.press("Space")
     expect(page.locator("#toast")).to_have_text("Saved")
@@ -701,6 +756,7 @@ def test_a_bad_address_never_becomes_a_link(
     own = post(title="Trap", target_url="/fine")
     sql("UPDATE notifications SET target_url = %s", target)  # as if it had slipped through the door
     reader = device()
+    reader.excused = "net::ERR"
     page = reader.context.new_page()
     page.route("**/*.js", lambda route: route.abort())
     page.goto(reader.url)
@@ -710,7 +766,6 @@ def test_a_bad_address_never_becomes_a_link(
     assert page.locator("#list h2 a").get_attribute("href") == f"/n/{own['id']}"
     page = reader.open_live(f"/n/{own['id']}")
     expect(page.locator("article a")).to_have_count(0)
-    reader.faults.clear()
 
 
 # ── one notification, signing in
@@ -727,11 +782,15 @@ def test_a_mail_link_asks_for_sign_in_then_lands_and_marks_read(
     page = reader.open(f"/login#token={link_token(service, 'alice')}")  # the link that the reader asked for
     expect(page.locator("article h1")).to_have_text("From a mail")
     assert page.url == f"{service.url}/n/{sent['id']}"
-    expect(page.get_by_role("link", name="Open on example.com")).to_have_attribute("href", "https://example.com/order")
+    expect(page.get_by_role("link", name="Open on example.com")).to_have_attribute(
+        "href", "https://example.com/order"
+    )
     assert eventually(lambda: unread(alice) == 0)
 
 
-@pytest.mark.parametrize("wish", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)", "/login"])
+@pytest.mark.parametrize(
+    "wish", ["//evil.example", "https://evil.example/", "/\\evil.example", "javascript:alert(1)", "/login"]
+)
 def test_signing_in_leads_nowhere_else(device: Callable[..., Device], service: Running, wish: str) -> None:
     page = device(None).open(f"/login?next={wish}#token={link_token(service, 'alice')}")
     expect(page.locator("h1")).to_contain_text("Inbox")
@@ -740,11 +799,11 @@ def test_signing_in_leads_nowhere_else(device: Callable[..., Device], service: R
 
 def test_the_token_does_not_stay_in_the_address_bar(device: Callable[..., Device]) -> None:
     reader = device(None)
+    reader.excused = "401"
     page = reader.open("/login#token=worthless")
     expect(page.locator("#login-says")).to_contain_text("expired")
     assert page.url == reader.url + "/login"
     assert page.evaluate("history.length") <= 2
-    reader.faults.clear()  # the browser reports the 401
 
 
 def test_signing_out_ends_it(device: Callable[..., Device]) -> None:
@@ -770,7 +829,9 @@ def test_one_notification_can_be_marked_unread_and_archived(
 # ── preferences
 
 
-def test_every_preference_is_saved_at_once(device: Callable[..., Device], post: Post, alice: httpx.Client) -> None:
+def test_every_preference_is_saved_at_once(
+    device: Callable[..., Device], post: Post, alice: httpx.Client
+) -> None:
     post(event_name="comment.created")
     page = device().open_live("/preferences")
 
@@ -797,7 +858,9 @@ def test_every_preference_is_saved_at_once(device: Callable[..., Device], post: 
     expect(page.locator("input[name=quiet_from]")).to_have_value("23:30")
 
 
-def test_the_language_follows_the_browser_until_one_is_chosen(device: Callable[..., Device], alice: httpx.Client) -> None:
+def test_the_language_follows_the_browser_until_one_is_chosen(
+    device: Callable[..., Device], alice: httpx.Client
+) -> None:
     page = device(None, locale="ko-KR").open("/login")
     assert page.locator("html").get_attribute("lang") == "ko"
 
@@ -805,7 +868,9 @@ def test_the_language_follows_the_browser_until_one_is_chosen(device: Callable[.
 # ── alerts and push
 
 
-def test_alerts_are_asked_for_only_by_a_click_and_come_once_while_hidden(device: Callable[..., Device], post: Post) -> None:
+def test_alerts_are_asked_for_only_by_a_click_and_come_once_while_hidden(
+    device: Callable[..., Device], post: Post
+) -> None:
     reader = device(permissions=["notifications"])
     reader.context.add_init_script(HIDEABLE)
     pages = [reader.open_live(), reader.open_live()]
@@ -833,10 +898,16 @@ def push(page: Page, reader: Device, message: dict[str, Any]) -> None:
     """Deliver a decrypted push message to the page's service worker, as the browser would."""
     session = reader.context.new_cdp_session(page)
     workers: list[dict[str, Any]] = []
-    session.on("ServiceWorker.workerRegistrationUpdated", lambda event: workers.extend(event["registrations"]))
+    session.on(
+        "ServiceWorker.workerRegistrationUpdated", lambda event: workers.extend(event["registrations"])
+    )
     session.send("ServiceWorker.enable")
     eventually(lambda: workers or page.wait_for_timeout(20))
-    wanted = {"origin": reader.url, "registrationId": workers[0]["registrationId"], "data": json.dumps(message)}
+    wanted = {
+        "origin": reader.url,
+        "registrationId": workers[0]["registrationId"],
+        "data": json.dumps(message),
+    }
     session.send("ServiceWorker.deliverPushMessage", wanted)
     session.detach()
 
@@ -849,7 +920,17 @@ def test_a_push_is_shown_opens_its_item_and_goes_when_read_elsewhere(
     page.evaluate("navigator.serviceWorker.register('/sw.js').then(() => navigator.serviceWorker.ready)")
     sent = [post(title=f"Pushed {number}") for number in range(2)]
     for one in sent:
-        push(page, reader, {"id": one["id"], "title": one["title"], "url": f"{reader.url}/n/{one['id']}", "tag": one["id"], "severity": "warning"})
+        push(
+            page,
+            reader,
+            {
+                "id": one["id"],
+                "title": one["title"],
+                "url": f"{reader.url}/n/{one['id']}",
+                "tag": one["id"],
+                "severity": "warning",
+            },
+        )
     shown = "async () => (await (await navigator.serviceWorker.ready).getNotifications()).map(n => n.title).sort()"
     assert eventually(lambda: page.evaluate(shown) == ["Pushed 0", "Pushed 1"] or page.wait_for_timeout(50))
     alice.patch("/api/notifications", json={"notification_id": sent[0]["id"]})
@@ -868,25 +949,34 @@ def test_a_push_is_shown_opens_its_item_and_goes_when_read_elsewhere(
 
 def test_a_push_cannot_open_another_site(device: Callable[..., Device]) -> None:
     reader = device(permissions=["notifications"])
+    reader.excused = "404"  # the worker asks whether "x" has been read
     page = reader.open_live("/preferences")
     page.evaluate("navigator.serviceWorker.register('/sw.js').then(() => navigator.serviceWorker.ready)")
-    push(page, reader, {"id": "x", "title": "Trap", "url": "https://evil.example/", "tag": "x", "severity": "info"})
-    shown = "async () => (await (await navigator.serviceWorker.ready).getNotifications()).map(n => n.data.url)"
+    push(
+        page,
+        reader,
+        {"id": "x", "title": "Trap", "url": "https://evil.example/", "tag": "x", "severity": "info"},
+    )
+    shown = (
+        "async () => (await (await navigator.serviceWorker.ready).getNotifications()).map(n => n.data.url)"
+    )
     assert eventually(lambda: page.evaluate(shown) == [reader.url + "/"] or page.wait_for_timeout(50))
-    reader.faults.clear()  # the worker asks for the unknown "x" and gets a 404
 
 
 def test_the_push_switch_connects_and_disconnects_this_browser(
     device: Callable[..., Device], alice: httpx.Client, sql: Callable[..., Any]
 ) -> None:
     reader = device(permissions=["notifications"])
-    reader.context.add_init_script("""(() => {
+    reader.context.add_init_script(
+        """(() => {
         const made = { endpoint: "https://push.example.com/1", toJSON: () => ({ endpoint: "https://push.example.com/1",
             expirationTime: null, keys: { p256dh: %s, auth: "AAAAAAAAAAAAAAAAAAAAAA" } }),
             unsubscribe: async () => { localStorage.plugged = ""; return true; } };
         PushManager.prototype.subscribe = async () => { localStorage.plugged = "yes"; return made; };
         PushManager.prototype.getSubscription = async () => localStorage.plugged ? made : null;
-    })()""" % json.dumps(alice.get("/api/push/key").json()["public_key"]))
+    })()"""
+        % json.dumps(alice.get("/api/push/key").json()["public_key"])
+    )
     page = reader.open_live("/preferences")
     page.get_by_label("Push messages").check()
     expect(page.locator("#browser")).to_contain_text("Connected: push messages arrive here.")
@@ -900,7 +990,9 @@ def test_the_push_switch_connects_and_disconnects_this_browser(
 # ── admin
 
 
-def test_an_admin_makes_and_revokes_keys_and_webhooks(device: Callable[..., Device], api: httpx.Client) -> None:
+def test_an_admin_makes_and_revokes_keys_and_webhooks(
+    device: Callable[..., Device], api: httpx.Client
+) -> None:
     page = device(admin=True).open_live("/admin")
     page.get_by_text("Add an API key").click()
     page.get_by_label("Name").fill("<b>shop</b>")
@@ -951,10 +1043,10 @@ def test_an_admin_sees_why_a_delivery_failed_and_retries_it(
 
 def test_only_admins_get_the_admin_page(device: Callable[..., Device]) -> None:
     reader = device()
+    reader.excused = "403"
     page = reader.open("/admin")
     expect(page.locator("h1")).to_have_text("Not for this account")
     expect(page.locator("nav a[href='/admin']")).to_have_count(0)
-    reader.faults.clear()  # the browser reports the 403
 
 
 # ── the widget
@@ -963,13 +1055,19 @@ def test_only_admins_get_the_admin_page(device: Callable[..., Device]) -> None:
 def visit_shop(reader: Device, shop: Shop, service: Running, token: str, more: str = "") -> Page:
     bell = f'<bellhop-bell base-url="{service.url}" {token}></bellhop-bell><script src="{service.url}/bell.js"></script>'
     shop.body = SHOP % (bell + more)
+    reader.excused = f"another origin: ({shop.url}|{service.url})|401|404"  # a favicon the shop has not
     page = reader.context.new_page()
     page.goto(shop.url)
     return page
 
 
 def test_the_widget_counts_marks_read_and_follows_live_on_another_site(
-    device: Callable[..., Device], shop: Shop, service: Running, post: Post, alice: httpx.Client, api: httpx.Client
+    device: Callable[..., Device],
+    shop: Shop,
+    service: Running,
+    post: Post,
+    alice: httpx.Client,
+    api: httpx.Client,
 ) -> None:
     token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
     post(title="Earlier")
@@ -987,11 +1085,10 @@ def test_the_widget_counts_marks_read_and_follows_live_on_another_site(
     bell.get_by_role("button", name="Mark all read").click()
     expect(bell.locator(".badge")).to_have_text("", timeout=WITHIN_A_SECOND)
     assert unread(alice) == 0
-    assert not [v for v in Axe().run(page, "bellhop-bell").response["violations"]]
+    assert not Axe().run(page, "bellhop-bell").response["violations"]
     page.keyboard.press("Escape")
     expect(bell.locator(".panel")).to_be_hidden()
-    assert not [fault for fault in reader.faults if token in fault], "the token must not be in an address"
-    reader.faults[:] = [fault for fault in reader.faults if "another origin" not in fault]
+    assert not [said for said in reader.seen if token in said], "the token must not be in an address"
 
 
 def test_no_style_leaks_into_the_widget_or_out_of_it(
@@ -1010,7 +1107,6 @@ def test_no_style_leaks_into_the_widget_or_out_of_it(
     expect(page.locator("#own")).to_have_css("position", "static")
     page.evaluate("document.body.style.setProperty('--bellhop-background', 'rgb(9, 9, 9)')")
     expect(page.locator("bellhop-bell .panel")).to_have_css("background-color", "rgb(9, 9, 9)")
-    reader.faults.clear()
 
 
 def test_the_widget_asks_its_site_for_a_new_token_when_one_expires(
@@ -1025,11 +1121,15 @@ def test_the_widget_asks_its_site_for_a_new_token_when_one_expires(
     </script>"""
     page = visit_shop(reader, shop, service, "", script)
     expect(page.locator("bellhop-bell .badge")).to_have_text("1")
-    reader.faults.clear()  # the 401 and the other origin, both meant
 
 
 def test_the_widget_keeps_hostile_text_and_addresses_harmless(
-    device: Callable[..., Device], shop: Shop, service: Running, post: Post, api: httpx.Client, sql: Callable[..., Any]
+    device: Callable[..., Device],
+    shop: Shop,
+    service: Running,
+    post: Post,
+    api: httpx.Client,
+    sql: Callable[..., Any],
 ) -> None:
     token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
     sent = [post(title=text, body=text) for text in HOSTILE[:10]]
@@ -1037,31 +1137,47 @@ def test_the_widget_keeps_hostile_text_and_addresses_harmless(
     reader = device(None)
     page = visit_shop(reader, shop, service, f'token="{token}"')
     page.locator("bellhop-bell .bell").click()
-    shown = page.eval_on_selector("bellhop-bell", "bell => [...bell.shadowRoot.querySelectorAll('li strong')].map(s => s.textContent)")
+    expect(page.locator("bellhop-bell li")).to_have_count(10)
+    shown = page.eval_on_selector(
+        "bellhop-bell", "bell => [...bell.shadowRoot.querySelectorAll('li strong')].map(s => s.textContent)"
+    )
     assert shown == [n["title"] for n in reversed(sent)]
-    links = page.eval_on_selector("bellhop-bell", "bell => [...bell.shadowRoot.querySelectorAll('li a')].map(a => a.protocol)")
+    links = page.eval_on_selector(
+        "bellhop-bell", "bell => [...bell.shadowRoot.querySelectorAll('li a')].map(a => a.protocol)"
+    )
     assert set(links) == {"http:"}
     assert page.locator("html").get_attribute("data-broken") is None
-    reader.faults.clear()
 
 
 # ── pictures for the README
 
 
-@pytest.mark.skipif(not os.environ.get("PICTURES"), reason="PICTURES names the folder for the README's pictures")
+@pytest.mark.skipif(
+    not os.environ.get("PICTURES"), reason="PICTURES names the folder for the README's pictures"
+)
 def test_pictures(
-    device: Callable[..., Device], shop: Shop, service: Running, post: Post, api: httpx.Client, sql: Callable[..., Any]
+    device: Callable[..., Device],
+    shop: Shop,
+    service: Running,
+    post: Post,
+    api: httpx.Client,
+    sql: Callable[..., Any],
 ) -> None:
     folder = Path(os.environ["PICTURES"])
     folder.mkdir(parents=True, exist_ok=True)
     fail_a_delivery(post, api, sql)
     sql("DELETE FROM notifications WHERE false")
     fill_inbox(post)
-    sql("UPDATE notifications SET read_at = now() WHERE id IN (SELECT id FROM notifications ORDER BY id LIMIT 6)")
+    sql(
+        "UPDATE notifications SET read_at = now() WHERE id IN (SELECT id FROM notifications ORDER BY id LIMIT 6)"
+    )
     for number in range(5):
         post(title="x", severity="warning", batch_key="comments", event_name="comment.created")
     sql("DELETE FROM notifications WHERE title = 'x' AND false")
-    api.post("/api/webhooks", json={"url": "https://hooks.example.com/in", "events": ["order.*"], "min_severity": "info"})
+    api.post(
+        "/api/webhooks",
+        json={"url": "https://hooks.example.com/in", "events": ["order.*"], "min_severity": "info"},
+    )
     wide, tall = {"width": 1100, "height": 860}, {"width": 390, "height": 844}
     for name, options in {
         "inbox-light": {"viewport": wide}, "inbox-dark": {"viewport": wide, "color_scheme": "dark"},
@@ -1079,4 +1195,3 @@ def test_pictures(
     page.locator("bellhop-bell .bell").click()
     expect(page.locator("bellhop-bell li").first).to_be_visible()
     page.screenshot(path=folder / "widget.png")
-    reader.faults.clear()
