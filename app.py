@@ -276,7 +276,7 @@ def derive(secret: str, purpose: str) -> bytes:
 # Requests are decoded strictly into these; answers are JSON that SQL built.
 
 UserId = Annotated[str, Meta(min_length=1, max_length=200)]
-PathUser = Annotated[str, PathParameter(min_length=1, max_length=200, pattern=r"^[^\0]*$(?!\n)")]
+PathUser = Annotated[str, PathParameter(min_length=1, max_length=200, pattern=r"^[^\u0000]*$")]
 EventName = Annotated[str, Meta(min_length=1, max_length=120)]
 EventNames = Annotated[list[EventName], Meta(min_length=1, max_length=100)]
 Key = Annotated[str, Meta(min_length=1, max_length=255)]
@@ -588,16 +588,10 @@ class Db:
             self.changed(parameters["user_id"])
         return rows
 
-    async def fetch(
-        self,
-        query: Query,
-        kind: Callable[..., Any] | None,
-        parameters: dict[str, Any],
-        rollback: bool = False,
-    ) -> list[Any]:
-        """Run one statement on a connection of the pool; with rollback, as if it had not been."""
+    async def fetch(self, query: Query, kind: Callable[..., Any] | None, parameters: dict[str, Any]) -> Any:
+        """Run one statement on a connection of the pool; with rollback bound, as if it had not been."""
         async with self.pool.connection() as connection, contextlib.AsyncExitStack() as stack:
-            if rollback:
+            if self.bound.get("rollback"):
                 await stack.enter_async_context(connection.transaction(force_rollback=True))
             cursor = connection.cursor(row_factory=args_row(kind) if kind else dict_row)
             await cursor.execute(query.text, parameters)
@@ -669,7 +663,9 @@ def as_problem(error: Exception) -> Problem:
                 return Problem("not_json", "A JSON body is expected")
             return Problem("invalid", f"{field}: {first['message']}", field)
         case HTTPException():
-            return Problem(BY_STATUS.get(error.status_code, "bad_request"))
+            problem = Problem(BY_STATUS.get(error.status_code, "bad_request"))
+            problem.headers |= error.headers or {}
+            return problem
         case TimeoutError() | PoolTimeout():
             return Problem("database_away", retry_after=2)
         case psycopg.Error():

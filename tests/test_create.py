@@ -26,10 +26,11 @@ CAMEL: Json = {
     "data": {"a": [1, None, "é"]}, "idempotencyKey": "key-2", "batchKey": "post:7",
     "subjectKey": "invoice:42", "private": True,
 }  # fmt: skip
-FIELDS = (
-    "id user_id event_name title body summary target_url severity data idempotency_key batch_key subject_key "
-    "read_at archived_at created_at updated_at inserted"
-).split()
+FIELDS = [
+    "id", "user_id", "event_name", "title", "body", "summary", "target_url", "severity", "data",
+    "idempotency_key", "batch_key", "subject_key", "read_at", "archived_at", "created_at", "updated_at", "inserted",
+]  # fmt: skip
+P256DH = "BEl62iUYgUivxIkv69yViEuiBIa-Ib9-SkvMeAtA3LFgDzkrxZJjSgSnfckjBJuBkr3qBUYIHBQFLXYp5Nksh8U"
 
 
 @pytest.fixture
@@ -371,9 +372,9 @@ def test_the_most_specific_event_switch_wins_also_for_critical(told: Any, prefer
         "comment": {"push": False},
     })  # fmt: skip
     for event, queued in {
-        "other": False, "comment": False, "comment.created": True, "comment.muted": False, "comment.reply": True,
-        "comment.reply.x": False, "comment.reply.urgent": True, "comment.reply.urgent.x": False, "commentx": False,
-        "comment.": True, "COMMENT.created": False,
+        "other": False, "comment": False, "comment.created": True, "comment.muted": False,
+        "comment.reply": True, "comment.reply.x": False, "comment.reply.urgent": True,
+        "comment.reply.urgent.x": False, "commentx": False, "comment.": True, "COMMENT.created": False,
     }.items():  # fmt: skip
         for severity in ("info", "critical"):
             (mail,) = told(event_name=event, severity=severity)
@@ -397,8 +398,7 @@ def test_each_browser_is_a_push_target_of_its_own(
 ) -> None:
     prefer(push_enabled=True)
     for number in range(3):
-        keys = {"p256dh": "BEl62iUYgUivxIkv69yViEuiBIa-Ib9-SkvMeAtA3LFgDzkrxZJjSgSnfckjBJuBkr3qBUYIHBQFLXYp5Nksh8U",
-                "auth": "UUxI4O8-FbRouAevSmBQ6o"}  # fmt: skip
+        keys = {"p256dh": P256DH, "auth": "UUxI4O8-FbRouAevSmBQ6o"}
         body = {"endpoint": f"https://push.example.com/{number}", "keys": keys}
         assert alice.post("/api/push/subscriptions", json=body).status_code == 201
     pushes = told(severity="warning", batch_key="never collects a push")
