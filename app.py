@@ -1527,6 +1527,41 @@ class Hub:
                 stream.close()
 
 
+class Grapevine:
+    """Carries hints between the processes that share a database; silent while there is only one."""
+
+    def __init__(self, conninfo: str, db: Db, hub: Hub) -> None:
+        self.conninfo, self.db, self.hub = conninfo, db, hub
+        self.alone, self.users, self.told = True, set[str](), asyncio.Event()
+
+    def changed(self, user_id: str) -> None:
+        """An inbox changed here: tell our streams, and the other processes if there are any."""
+        self.hub.publish(user_id)
+        if not self.alone:
+            self.users.add(user_id)
+            self.told.set()
+
+    async def tell_loop(self) -> None:
+        """One NOTIFY for all that changed meanwhile; more than it can carry means everybody."""
+        while True:
+            await self.told.wait()
+            self.told.clear()
+            users, self.users = encode(sorted(self.users)), set()
+            await self.db.run("record_change", users=users if len(users) < 2000 else "[]")
+
+    async def listen_loop(self) -> None:
+        """Pass on what others tell; a word from a newcomer is also when to count again."""
+        async with await connect(self.conninfo) as connection:
+            await connection.execute("SET application_name TO 'bellhop live'")
+            await connection.execute("LISTEN bellhop")
+            await connection.execute("NOTIFY bellhop, '[]'")
+            while True:
+                self.alone = await self.db.one("count_listeners", int) <= 1
+                async for word in connection.notifies(timeout=10, stop_after=1):
+                    for user in msgspec.json.decode(word.payload) or list(self.hub.streams):
+                        self.hub.publish(user)
+
+
 class InboxStream:
     """The answer to GET /api/stream: one `inbox` event on connect and on every change."""
 
@@ -1813,7 +1848,7 @@ class ProgramApi(Controller):
         """Settle a subject for every user: read, archived, and out of every message not yet sent."""
         users = await request.bell.db.many("update_resolved_notifications", str, subject_key=data.subject_key)
         for user in set(users):
-            request.bell.hub.publish(user)
+            request.bell.changed(user)
         return {"resolved": len(users)}
 
     @put("/api/users/{user_id:str}")
@@ -2436,18 +2471,22 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
         self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings.base_url)
-        self.db = Db(self.pool, self.hub.publish, PATIENCE, **policy(settings))
+        self.db = Db(self.pool, self.changed, PATIENCE, **policy(settings))
+        self.grapevine = Grapevine(settings.database_url, self.db, self.hub)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Intake(self.db, self.after_store)
         self.outbound = Outbound(settings)
-        patient = Db(self.pool, self.hub.publish, WORKER_PATIENCE, **self.db.bound)
+        patient = Db(self.pool, self.changed, WORKER_PATIENCE, **self.db.bound)
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
+
+    def changed(self, user_id: str) -> None:
+        self.grapevine.changed(user_id)
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
         for user in {row.user_id for row in rows if row.inserted}:
-            self.hub.publish(user)
+            self.changed(user)
         if any(row.leaves for row in rows):
             self.worker.wake.set()
 
@@ -2462,6 +2501,7 @@ class Service:
         await self.outbound.open()
         worker = self.worker
         loops = {"create": self.intake.run, "intake": worker.intake_loop, "prune": worker.prune_loop}
+        loops |= {"listen": self.grapevine.listen_loop, "tell": self.grapevine.tell_loop}
         if self.settings.delivery_concurrency:
             loops |= {"claim": worker.claim_loop, "finish": worker.finish_loop}
         for name, run in loops.items():

@@ -9,14 +9,17 @@ WITH RECURSIVE provider AS (
             WHERE o.state IN ('open', 'sending', 'pending') AND o.provider > p.name)
     FROM provider p WHERE p.name IS NOT NULL
 ),
--- A paused provider gets one probe when its pause is over.
+-- A pause that is over lets one probe through; whoever holds the row is the one who sends it.
+probing AS MATERIALIZED (
+    SELECT provider FROM breakers WHERE paused_until <= now() FOR UPDATE SKIP LOCKED
+),
 room AS (
-    SELECT p.name, b.paused_until IS NOT NULL AS probes,
-           CASE WHEN b.paused_until IS NOT NULL THEN 1
-                ELSE %(share)s::int - coalesce((%(busy)s::jsonb ->> p.name)::int, 0) END AS free
+    SELECT p.name, q.provider IS NOT NULL AS probes,
+           %(share)s::int - coalesce((%(busy)s::jsonb ->> p.name)::int, 0) AS free
     FROM provider p
     LEFT JOIN breakers b ON b.provider = p.name
-    WHERE p.name IS NOT NULL AND coalesce(b.paused_until <= now(), true)
+    LEFT JOIN probing q ON q.provider = p.name
+    WHERE p.name IS NOT NULL AND (b.paused_until IS NULL OR q.provider IS NOT NULL)
 ),
 due AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.attempts, d.created_at,
@@ -24,7 +27,7 @@ due AS MATERIALIZED (
     FROM room
     CROSS JOIN LATERAL (
         SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.attempts, o.created_at,
-               o.provider, o.available_at, o.crashes
+               o.provider, o.available_at, o.crashes, o.xmin AS version
         FROM outbox o
         WHERE o.provider = room.name AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
           AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
@@ -33,17 +36,17 @@ due AS MATERIALIZED (
         LIMIT greatest(0, least(room.free, %(room)s::int))
         FOR UPDATE SKIP LOCKED
     ) d
+    -- What joined a digest since this statement began cannot be seen here and would be lost in it.
+    WHERE d.digest IS NULL
+       OR d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
     ORDER BY d.available_at
     LIMIT %(room)s::int
 ),
-probed AS (
-    UPDATE breakers b
-    SET paused_until = now() + interval '30 seconds'
-    FROM due d WHERE d.probes AND b.provider = d.provider
-),
 -- Where each message would go; no address means its target is gone.
 addressed AS MATERIALIZED (
-    SELECT d.user_id, d.id, p.locale, p.email, p.email_enabled, p.push_enabled, p.events,
+    SELECT d.user_id, d.id, p.locale, p.email, p.events, x.reason AS suppressed,
+           coalesce(CASE d.channel WHEN 'email' THEN p.email_enabled AND %(mail)s::boolean
+                                   WHEN 'push' THEN p.push_enabled END, d.channel = 'webhook') AS enabled,
            CASE d.channel
                 WHEN 'email' THEN jsonb_build_object('email', p.email)
                 WHEN 'push' THEN (SELECT jsonb_build_object('endpoint', s.endpoint, 'p256dh', s.p256dh, 'auth', s.auth)
@@ -57,16 +60,19 @@ addressed AS MATERIALIZED (
                (SELECT q.until FROM quiet_users q WHERE q.user_id = d.user_id) END AS until
     FROM due d
     LEFT JOIN notification_preferences p ON p.user_id = d.user_id
+    LEFT JOIN LATERAL (
+        SELECT max(s.reason) AS reason FROM suppressions s
+        WHERE s.user_id = d.user_id AND s.channel = d.channel
+          AND (s.reason = 'unsubscribed' OR s.hits >= 2 AND s.address = p.email)
+    ) x ON true
 ),
 item AS MATERIALIZED (
     SELECT v.user_id, v.message_id, v.notification_id, v.target, d.channel, n.event_name, n.severity, n.created_at,
            CASE WHEN NOT n.private THEN left(coalesce(n.summary, n.title), 200) END AS text,
            CASE WHEN n.read_at IS NOT NULL OR n.archived_at IS NOT NULL THEN 'already_read'
-                WHEN d.channel = 'email' AND x.reason = 'unsubscribed' THEN 'unsubscribed'
-                WHEN NOT coalesce(CASE d.channel WHEN 'email' THEN a.email_enabled
-                                                 WHEN 'push' THEN a.push_enabled END, true)
-                     OR NOT coalesce(switch.enabled, true) THEN 'preference_off'
-                WHEN d.channel = 'email' AND (a.email IS NULL OR x.reason = 'bounced') THEN 'no_address'
+                WHEN a.suppressed = 'unsubscribed' THEN 'unsubscribed'
+                WHEN NOT a.enabled OR NOT coalesce(switch.enabled, true) THEN 'preference_off'
+                WHEN d.channel = 'email' AND (a.email IS NULL OR a.suppressed = 'bounced') THEN 'no_address'
            END AS reason
     FROM due d
     JOIN addressed a ON a.user_id = d.user_id AND a.id = d.id
@@ -80,63 +86,74 @@ item AS MATERIALIZED (
                OR e.pattern LIKE '%%.*' AND starts_with(n.event_name, left(e.pattern, -1)))
         ORDER BY e.pattern = n.event_name DESC, length(e.pattern) DESC LIMIT 1
     ) switch ON true
-    LEFT JOIN LATERAL (
-        SELECT max(s.reason) AS reason FROM suppressions s
-        WHERE s.user_id = d.user_id AND s.channel = d.channel
-          AND (s.reason = 'unsubscribed' OR s.hits >= 2 AND s.address = a.email)
-    ) x ON true
+),
+-- What each message still has to say: the most severe first, then the newest.
+content AS MATERIALIZED (
+    SELECT i.user_id, i.message_id, count(*) AS total, max(i.event_name) AS event_name,
+           max(i.notification_id::text)::uuid AS newest_id,
+           json_agg(json_build_object('id', i.notification_id, 'text', i.text, 'event_name', i.event_name,
+                                      'severity', i.severity, 'created_at', i.created_at) ORDER BY i.place)
+               FILTER (WHERE i.place <= 10) AS lines
+    FROM (
+        SELECT *, row_number() OVER (
+            PARTITION BY user_id, message_id
+            ORDER BY array_position('{info,success,warning,critical}', severity) DESC, notification_id DESC) AS place
+        FROM item WHERE reason IS NULL
+    ) i
+    GROUP BY i.user_id, i.message_id
 ),
 verdict AS MATERIALIZED (
-    SELECT d.user_id, d.id, a.until, coalesce(i.total, 0) AS total, i.event_name, i.newest_id,
-           CASE WHEN coalesce(i.total, 0) = 0 THEN 'void'
+    SELECT d.*, a.until, a.address, a.locale, c.total, c.event_name, c.newest_id, c.lines,
+           CASE WHEN c.total IS NULL THEN 'void'
                 WHEN d.crashes >= 10 OR a.address IS NULL THEN 'failed'
-                WHEN a.until IS NOT NULL THEN 'pending'
-                ELSE 'sending' END AS state,
+                WHEN a.until IS NOT NULL THEN 'held'
+                ELSE 'sending' END AS verdict,
            CASE WHEN d.crashes >= 10 THEN 'it ended its worker ten times'
                 WHEN a.address IS NULL THEN 'its endpoint or subscription is gone' END AS error
     FROM due d
     JOIN addressed a ON a.user_id = d.user_id AND a.id = d.id
-    LEFT JOIN (
-        SELECT user_id, message_id, count(*) AS total, max(event_name) AS event_name,
-               max(notification_id::text)::uuid AS newest_id
-        FROM item WHERE reason IS NULL GROUP BY user_id, message_id
-    ) i ON i.user_id = d.user_id AND i.message_id = d.id
+    LEFT JOIN content c ON c.user_id = d.user_id AND c.message_id = d.id
 ),
+-- Of a paused provider's messages one is sent; what needs no sending is settled all the same.
+decided AS MATERIALIZED (
+    SELECT v.* FROM (
+        SELECT *, row_number() OVER (PARTITION BY provider, verdict ORDER BY available_at) AS place FROM verdict
+    ) v
+    WHERE NOT (v.probes AND v.verdict = 'sending' AND v.place > 1)
+),
+probed AS (
+    UPDATE breakers b
+    SET paused_until = now() + interval '30 seconds'
+    FROM decided d WHERE d.probes AND d.verdict = 'sending' AND b.provider = d.provider
+),
+-- In quiet hours a message that was never tried becomes a digest that is due: update_due_digests
+-- folds it into the quiet one. A message that was tried keeps its identity and waits by itself.
 claimed AS (
     UPDATE outbox o
-    SET state = v.state, claim_seq = o.claim_seq + 1, crashes = d.crashes,
-        available_at = CASE v.state WHEN 'sending' THEN now() + %(lease)s::float8 * interval '1 second'
-                                    WHEN 'pending' THEN v.until ELSE o.available_at END,
-        last_error = coalesce(v.error, o.last_error),
-        finished_at = CASE WHEN v.state IN ('void', 'failed') THEN now() END
-    FROM due d JOIN verdict v ON v.user_id = d.user_id AND v.id = d.id
+    SET state = CASE WHEN d.verdict <> 'held' THEN d.verdict WHEN d.state = 'open' THEN 'open' ELSE 'pending' END,
+        claim_seq = o.claim_seq + 1, crashes = d.crashes,
+        available_at = CASE WHEN d.verdict = 'sending' THEN now() + %(lease)s::float8 * interval '1 second'
+                            WHEN d.verdict = 'held' AND d.state <> 'open' THEN d.until
+                            ELSE o.available_at END,
+        digest = CASE WHEN d.verdict = 'held' AND d.state = 'open' THEN coalesce(o.digest, 'held:' || o.id)
+                      ELSE o.digest END,
+        token_minute = CASE WHEN d.verdict <> 'held' OR d.state <> 'open' THEN o.token_minute END,
+        last_error = coalesce(d.error, o.last_error),
+        finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
+    FROM decided d
     WHERE o.user_id = d.user_id AND o.id = d.id
-    RETURNING o.user_id, o.id, o.claim_seq, o.state
+    RETURNING o.user_id, o.id, o.claim_seq
 ),
 settled AS (
     UPDATE deliveries v
     SET status = CASE WHEN i.reason IS NULL THEN 'failed' ELSE 'suppressed' END,
         reason = i.reason, last_error = CASE WHEN i.reason IS NULL THEN d.error END
-    FROM item i JOIN verdict d ON d.user_id = i.user_id AND d.id = i.message_id
+    FROM item i JOIN decided d ON d.user_id = i.user_id AND d.id = i.message_id
     WHERE v.user_id = i.user_id AND v.notification_id = i.notification_id AND v.channel = i.channel
-      AND v.target = i.target AND (i.reason IS NOT NULL OR d.state = 'failed')
+      AND v.target = i.target AND (i.reason IS NOT NULL OR d.verdict = 'failed')
 )
-SELECT json_build_object(
-    'user_id', c.user_id, 'id', c.id, 'claim_seq', c.claim_seq, 'channel', d.channel, 'provider', d.provider,
-    'locale', coalesce(a.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at, 'address', a.address,
-    'total', v.total, 'newest_id', v.newest_id, 'event_name', CASE WHEN v.total = 1 THEN v.event_name END,
-    'lines', lines.shown) AS message
+SELECT c.user_id, c.id, c.claim_seq, d.channel, d.provider, coalesce(d.locale, 'en') AS locale, d.attempts,
+       d.created_at, d.address, d.total, d.newest_id, d.event_name, d.lines, d.digest IS NOT NULL AS folded
 FROM claimed c
-JOIN due d ON d.user_id = c.user_id AND d.id = c.id
-JOIN addressed a ON a.user_id = c.user_id AND a.id = c.id
-JOIN verdict v ON v.user_id = c.user_id AND v.id = c.id
-CROSS JOIN LATERAL (
-    SELECT json_agg(json_build_object('id', t.notification_id, 'text', t.text, 'event_name', t.event_name,
-                                      'severity', t.severity, 'created_at', t.created_at)) AS shown
-    FROM (SELECT i.notification_id, i.text, i.event_name, i.severity, i.created_at
-          FROM item i
-          WHERE i.user_id = c.user_id AND i.message_id = c.id AND i.reason IS NULL
-          ORDER BY array_position('{info,success,warning,critical}', i.severity) DESC, i.notification_id DESC
-          LIMIT 10) t
-) lines
-WHERE c.state = 'sending'
+JOIN decided d ON d.user_id = c.user_id AND d.id = c.id
+WHERE d.verdict = 'sending'

@@ -1,13 +1,13 @@
 -- Writes down what became of claimed messages, in one statement for many. Only the newest claim of a
 -- message may: a worker that lost its lease changes nothing. Returns what was written.
 WITH result AS MATERIALIZED (
-    SELECT r.user_id, r.id, r.claim_seq, r.verdict, left(r.error, 200) AS error, r.retry_after
+    SELECT r.user_id, r.id, r.claim_seq, r.email, r.verdict, left(r.error, 200) AS error, r.retry_after
     FROM jsonb_to_recordset(%(results)s::jsonb) AS r (
-        user_id text, id uuid, claim_seq int, verdict text, error text, retry_after float8)
+        user_id text, id uuid, claim_seq int, email text, verdict text, error text, retry_after float8)
 ),
 mine AS MATERIALIZED (
     SELECT o.user_id, o.id, o.channel, o.target, o.provider, o.attempts, o.faults,
-           r.verdict, r.error, r.retry_after
+           r.email, r.verdict, r.error, r.retry_after
     FROM outbox o
     JOIN result r ON r.user_id = o.user_id AND r.id = o.id
     WHERE o.claim_seq = r.claim_seq AND o.state = 'sending'
@@ -32,7 +32,7 @@ broken AS MATERIALIZED (
 ),
 -- While a provider is paused a fault costs its message nothing.
 judged AS MATERIALIZED (
-    SELECT m.user_id, m.id, m.channel, m.target, m.verdict, m.error, m.retry_after,
+    SELECT m.user_id, m.id, m.channel, m.target, m.email, m.verdict, m.error, m.retry_after,
            coalesce(b.paused, false) AS paused,
            m.attempts + (m.verdict <> 'sent')::int AS attempts,
            CASE WHEN m.verdict = 'fault' THEN m.faults + 1 ELSE 0 END AS faults,
@@ -66,7 +66,7 @@ finished AS MATERIALIZED (
                  * (0.5 + random() / 2) * interval '1 second' END
     FROM judged j
     WHERE o.user_id = j.user_id AND o.id = j.id
-    RETURNING o.user_id, o.id, o.channel, o.target, o.state, j.verdict, j.error
+    RETURNING o.user_id, o.id, o.channel, o.target, o.state, j.email, j.verdict, j.error
 ),
 told AS (
     UPDATE deliveries v
@@ -87,14 +87,22 @@ closed_endpoints AS (
     WHERE f.verdict = 'gone' AND f.channel = 'webhook' AND w.id = f.target AND w.disabled_at IS NULL
     RETURNING w.url
 ),
+-- An address is dead at its second bounce in a row; a mail that is taken ends the row.
+bounced AS (
+    SELECT user_id, email, count(*) AS times FROM finished WHERE verdict = 'bounced' GROUP BY user_id, email
+),
 bounces AS (
-    INSERT INTO suppressions AS s (user_id, channel, address, reason)
-    SELECT DISTINCT f.user_id, 'email', p.email, 'bounced'
-    FROM finished f JOIN notification_preferences p ON p.user_id = f.user_id
-    WHERE f.verdict = 'bounced' AND p.email IS NOT NULL
+    INSERT INTO suppressions AS s (user_id, channel, address, reason, hits)
+    SELECT user_id, 'email', email, 'bounced', times FROM bounced ORDER BY user_id
     ON CONFLICT (user_id, channel, reason) DO UPDATE
-    SET hits = CASE WHEN s.address = EXCLUDED.address THEN s.hits + 1 ELSE 1 END, address = EXCLUDED.address
+    SET hits = EXCLUDED.hits + CASE WHEN s.address = EXCLUDED.address THEN s.hits ELSE 0 END,
+        address = EXCLUDED.address
     RETURNING s.user_id, s.hits
+),
+alive AS (
+    DELETE FROM suppressions s USING finished f
+    WHERE s.user_id = f.user_id AND s.channel = 'email' AND s.reason = 'bounced' AND s.hits < 2
+      AND f.channel = 'email' AND f.verdict = 'sent' AND f.user_id NOT IN (SELECT b.user_id FROM bounced b)
 ),
 -- The notice goes through intake, so that it is exactly as sure as what caused it.
 noticed AS (
@@ -106,7 +114,8 @@ noticed AS (
     FROM (
         SELECT user_id, 'push' AS channel, NULL AS about FROM lost_browsers
         UNION ALL
-        SELECT user_id, 'email', NULL FROM bounces WHERE hits = 2
+        SELECT s.user_id, 'email', NULL FROM bounces s JOIN bounced b ON b.user_id = s.user_id
+        WHERE s.hits >= 2 AND s.hits - b.times < 2
         UNION ALL
         SELECT admin.id, 'webhook', e.url
         FROM closed_endpoints e CROSS JOIN unnest(%(admins)s::text[]) AS admin (id)

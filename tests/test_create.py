@@ -28,7 +28,8 @@ CAMEL: Json = {
 }  # fmt: skip
 FIELDS = [
     "id", "user_id", "event_name", "title", "body", "summary", "target_url", "severity", "data",
-    "idempotency_key", "batch_key", "subject_key", "read_at", "archived_at", "created_at", "updated_at", "inserted",
+    "idempotency_key", "batch_key", "subject_key", "read_at", "archived_at", "created_at", "updated_at",
+    "inserted",
 ]  # fmt: skip
 P256DH = "BEl62iUYgUivxIkv69yViEuiBIa-Ib9-SkvMeAtA3LFgDzkrxZJjSgSnfckjBJuBkr3qBUYIHBQFLXYp5Nksh8U"
 

@@ -97,7 +97,7 @@ def start_service() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
             service = stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-W", "error", "-c", SERVICE, home, task],
+                    [sys.executable, "-P", "-W", "error", "-c", SERVICE, home, task],
                     env=environment,
                     stdout=subprocess.PIPE,
                     text=True,
@@ -299,10 +299,13 @@ def test_an_orphaned_server_of_the_same_home_is_stopped_first(home: Path) -> Non
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=home / "pg18", env={}, **quiet, **account_of(home)) as orphan:
         pid_file = home / "pg18" / "postmaster.pid"
-        eventually(lambda: pid_file.exists() and "ready" in pid_file.read_text())
-        with embedded_postgres(home) as conninfo:
-            assert orphan.wait(1) is not None
-            assert value(conninfo, "SELECT 1") == 1
+        try:
+            eventually(lambda: pid_file.exists() and "ready" in pid_file.read_text())
+            with embedded_postgres(home) as conninfo:
+                assert orphan.wait(1) is not None
+                assert value(conninfo, "SELECT 1") == 1
+        finally:
+            orphan.kill()
 
 
 def test_a_killed_first_start_leaves_nothing_half_made(
@@ -332,21 +335,22 @@ def test_ctrl_c_ends_the_service_while_it_still_has_its_database(
     assert processes_below(home) == []
 
 
-def test_a_path_too_long_for_a_socket_can_be_used_and_joined(
-    home: Path, start_service: Callable[..., subprocess.Popen[str]]
+@pytest.mark.parametrize("name", ["a long long name " * 8, "a name, with a comma"])
+def test_a_path_that_no_socket_can_have_can_be_used_and_joined(
+    home: Path, start_service: Callable[..., subprocess.Popen[str]], name: str
 ) -> None:
-    long_home = home.rename(home.with_name("a long, long name " * 8))
-    service = start_service(long_home)
-    with embedded_postgres(long_home, join=True) as conninfo:
+    odd_home = home.rename(home.with_name(name))
+    service = start_service(odd_home)
+    with embedded_postgres(odd_home, join=True) as conninfo:
         assert value(conninfo, "SELECT count(*) >= 0 FROM kept")
     service.kill()
     service.wait()
-    with embedded_postgres(long_home) as conninfo:
+    with embedded_postgres(odd_home) as conninfo:
         short = socket_folder(conninfo)
         assert stat.S_IMODE(short.stat().st_mode) == 0o700
         assert value(conninfo, "SELECT count(*) >= 0 FROM kept")
     assert not short.exists()
-    long_home.rename(home)
+    odd_home.rename(home)
 
 
 def test_a_folder_that_held_other_things_stays_as_it_was(home: Path, folder: Path) -> None:

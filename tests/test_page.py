@@ -40,6 +40,16 @@ SPOILER = """* { color: rgb(1, 2, 3) !important; text-transform: uppercase }
 .badge, .panel, li { display: none !important }"""
 
 # Said to a page before it runs: whether somebody looks at it is for the test to decide.
+PLUGGABLE = """(() => {  // a browser with a push service
+    const endpoint = "https://push.example.com/1", keys = { p256dh: P256DH, auth: "AAAAAAAAAAAAAAAAAAAAAA" };
+    const made = {
+        endpoint,
+        toJSON: () => ({ endpoint, expirationTime: null, keys }),
+        unsubscribe: async () => { localStorage.plugged = ""; return true; },
+    };
+    PushManager.prototype.subscribe = async () => { localStorage.plugged = "yes"; return made; };
+    PushManager.prototype.getSubscription = async () => localStorage.plugged ? made : null;
+})()"""
 HIDEABLE = """(() => {
     let hidden = false;
     Object.defineProperty(Document.prototype, "hidden", { get: () => hidden });
@@ -98,7 +108,7 @@ def shop() -> Iterator[Shop]:
 
 @pytest.fixture
 def service(serve: Callable[..., Running], shop: Shop) -> Running:
-    """The service with an e-mail channel (nothing leaves: digests wait) and the shop's website as a friend."""
+    """The service with an e-mail channel (nothing leaves: digests wait) and a friend, the shop."""
     mail = {"smtp_url": "smtp://127.0.0.1:9?starttls=off", "mail_from": "bellhop@example.com"}
     return serve(cors_origins=shop.url, **mail)
 
@@ -241,9 +251,9 @@ def link_token(service: Running, user: str) -> str:
 # A morning in a small team, the oldest first.
 MORNING = [
     ("info", "release.notes", "What is new in November", "Digests can now collect for a day.", None),
-    ("success", "invoice.paid", "Invoice 2026-1184 has been paid", "Kim & Partners, 4,320.00 EUR", "/invoices/1"),
-    ("info", "comment.created", "Jonas mentioned you in “Trade fair”", "The printer needs the logo.", "/fair"),
-    ("info", "report.ready", "Weekly numbers are ready", "Visitors up 8 %, refunds down to 1.2 %.", "/reports/47"),
+    ("success", "invoice.paid", "Invoice 2026-1184 has been paid", "Kim & Partners, 4,320.00 EUR", "/paid/1"),
+    ("info", "comment.created", "Jonas mentioned you in “Trade fair”", "It needs the logo.", "/fair"),
+    ("info", "report.ready", "Weekly numbers are ready", "Visitors up 8 %, refunds down.", "/reports/47"),
     ("warning", "disk.almost_full", "db-2 has 9 % of its disk left", "At this rate full on Thursday.", None),
     ("success", "deploy.finished", "shop 2.14 is live", "412 tests passed.", "https://ci.example.com/runs/5512"),
     ("warning", "comment.created", "Mina asked you to review “Autumn pricing”",
@@ -442,25 +452,26 @@ def test_what_is_read_in_one_place_is_read_everywhere(
     assert unread(alice) == 0
 
 
-def test_only_one_tab_of_a_browser_holds_a_stream(device: Devices, service: Running) -> None:
+def test_only_one_tab_of_a_browser_holds_a_stream(device: Devices, post: Post) -> None:
     laptop = device()
-    pages = [laptop.open_live() for _ in range(7)]
-    shows_count(pages[0], 0)
-    pages[-1].close()
-    for page in pages[:-1]:
-        expect(page.locator("#live")).to_have_text("Live")
+    streams: set[Any] = set()
+    laptop.context.on("request", lambda one: one.url.endswith("/api/stream") and streams.add(one))
+    laptop.context.on("requestfailed", streams.discard)
+    laptop.context.on("requestfinished", streams.discard)
+    pages = [laptop.open_live() for _ in range(7)]  # one more than a browser's connections to a site
+    assert len(streams) == 1
+    post(title="For all")
+    for page in pages:
+        expect(page.locator("#list h2").first).to_have_text("For all", timeout=WITHIN_A_SECOND)
 
 
 def test_another_tab_takes_over_when_the_one_with_the_stream_closes(device: Devices, post: Post) -> None:
     laptop = device()
     first, second = laptop.open_live(), laptop.open_live()
     second.close()
-    expect(first.locator("#live")).to_have_text("Live")
-    eventually(
-        lambda: (
-            post(title="Still here") and first.wait_for_timeout(200) is None and "Still here" in titles(first)
-        )
-    )
+    first.wait_for_timeout(300)
+    post(title="Still here")
+    expect(first.locator("#list h2").first).to_have_text("Still here", timeout=WITHIN_A_SECOND)
 
 
 def test_a_cut_connection_is_told_discreetly_and_nothing_is_missed(
@@ -681,20 +692,22 @@ def test_the_first_stop_of_the_tab_key_skips_to_the_content(device: Devices) -> 
 
 # ── hostile text
 
-SCRIPT = "document.documentElement.dataset.broken = 1"
+BREAK = "document.documentElement.dataset.broken=1"  # what a script that got through would do
 HOSTILE = [
-    f"<script>{SCRIPT}</script>", f"</script><script>{SCRIPT}</script>", f"<img src=x onerror='{SCRIPT}'>",
-    f'"><img src=x onerror="{SCRIPT}">', f"'><svg onload='{SCRIPT}'>", f"<svg/onload={SCRIPT.replace(' ', '')}>",
-    f"<iframe srcdoc='<script>parent.{SCRIPT}</script>'>", "<a href=javascript:alert(1)>x</a>", "javascript:alert(1)",
-    "JaVaScRiPt:alert(1)", "java\u200bscript:alert(1)", "data:text/html,<script>alert(1)</script>",
-    "vbscript:msgbox(1)", "{{ 7 * 7 }}", "{% raw %}{{ w }}{% endraw %}", "${7 * 7}", "#{7 * 7}", "<%= 7 * 7 %>",
-    "{{ config.__class__.__mro__ }}", "&lt;b&gt;bold&lt;/b&gt;", "&#60;script&#62;", "&amp;&amp;", "<!-- comment",
-    "--><b>out</b>", "<![CDATA[x]]>", "]]>", "<b>bold</b>", "</li></ol></main><h1>gone", "</title><h1>x",
-    "<base href='//evil.example'>", "<meta http-equiv=refresh content='0;url=//evil.example'>",
-    "<form action=//evil.example><button>x", "<input autofocus onfocus=alert(1)>", "<style>*{display:none}</style>",
-    "<link rel=stylesheet href=//evil.example>", "<template><b>x</b></template>", "<math><mi xlink:href='javascript:1'>",
-    "'; DROP TABLE notifications; --", "\\'; alert(1); //", "\\u003cscript\\u003e", "%3Cscript%3E", "+ADw-script+AD4-",
-    "a" * 200, "ﷺ" * 40, "👩‍👩‍👧‍👦" * 15, "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘!",
+    f"<script>{BREAK}</script>", f"</script><script>{BREAK}</script>", f"<img src=x onerror='{BREAK}'>",
+    f'"><img src=x onerror="{BREAK}">', f"'><svg onload='{BREAK}'>", f"<svg/onload={BREAK}>",
+    f"<iframe srcdoc='<script>parent.{BREAK}</script>'>", "<a href=javascript:alert(1)>x</a>",
+    "javascript:alert(1)", "JaVaScRiPt:alert(1)", "java\u200bscript:alert(1)", "vbscript:msgbox(1)",
+    "data:text/html,<script>alert(1)</script>", "{{ 7 * 7 }}", "{% raw %}{{ w }}{% endraw %}", "${7 * 7}",
+    "#{7 * 7}", "<%= 7 * 7 %>", "{{ config.__class__.__mro__ }}", "&lt;b&gt;bold&lt;/b&gt;",
+    "&#60;script&#62;", "&amp;&amp;", "<!-- comment", "--><b>out</b>", "<![CDATA[x]]>", "]]>", "<b>bold</b>",
+    "</li></ol></main><h1>gone", "</title><h1>x", "<base href='//evil.example'>", "<template><b>x</b></template>",
+    "<meta http-equiv=refresh content='0;url=//evil.example'>", "<form action=//evil.example><button>x",
+    "<input autofocus onfocus=alert(1)>", "<style>*{display:none}</style>", "%3Cscript%3E",
+    "<link rel=stylesheet href=//evil.example>", "<math><mi xlink:href='javascript:1'>",
+    "'; DROP TABLE notifications; --", "\\'; alert(1); //", "\\u003cscript\\u003e", "+ADw-script+AD4-",
+    "a" * 200, "ﷺ" * 40,
+    "👩‍👩‍👧‍👦" * 15, "Z" + "\u0351\u036b\u0343\u036a\u0319\u0324" * 20 + "algo",
     "\u202emoc.elpmaxe\u202c", "\u2066isolated\u2069", "مرحبا بالعالم", "שלום עולם", "  spaces   inside  ",
     "tab\tinside", "line\u2028separator\u2029paragraph", "\ufeffbom", "\u200d\u200c\u200b zero width",
     "constructor", "__proto__", "[object Object]", "undefined", "null", "NaN", "(1) Inbox", "%s %d %n",
@@ -736,9 +749,9 @@ def check_nothing_broke(page: Page) -> None:
 @pytest.mark.parametrize(
     "target",
     [
-        "javascript:alert(1)", "JAVASCRIPT:alert(1)", "\tjavascript:alert(1)", "java\nscript:alert(1)", "//evil.example",
-        "/\\evil.example", "\\\\evil.example", "/\t/evil.example", "data:text/html,x", "vbscript:x", "mailto:x@y.z",
-        "https:\\\\evil.example", "file:///etc/passwd", "blob:x", " javascript:alert(1)", "x", "",
+        "javascript:alert(1)", "JAVASCRIPT:alert(1)", "\tjavascript:alert(1)", "java\nscript:alert(1)",
+        " javascript:alert(1)", "//evil.example", "/\\evil.example", "\\\\evil.example", "/\t/evil.example",
+        "https:\\\\evil.example", "file:///etc/passwd", "data:text/html,x", "vbscript:x", "mailto:x", "x", "",
     ],
 )  # fmt: skip
 def test_a_bad_address_never_becomes_a_link(device: Devices, post: Post, sql: Sql, target: str) -> None:
@@ -903,17 +916,8 @@ def test_a_push_is_shown_opens_its_item_and_goes_when_read_elsewhere(
     page.evaluate("navigator.serviceWorker.register('/sw.js').then(() => navigator.serviceWorker.ready)")
     sent = [post(title=f"Pushed {number}") for number in range(2)]
     for one in sent:
-        push(
-            page,
-            reader,
-            {
-                "id": one["id"],
-                "title": one["title"],
-                "url": f"{reader.url}/n/{one['id']}",
-                "tag": one["id"],
-                "severity": "warning",
-            },
-        )
+        message = {"id": one["id"], "title": one["title"], "url": f"{reader.url}/n/{one['id']}"}
+        push(page, reader, message | {"tag": one["id"], "severity": "warning"})
     shown = "async () => (await (await navigator.serviceWorker.ready).getNotifications()).map(n => n.title).sort()"
     assert eventually(lambda: page.evaluate(shown) == ["Pushed 0", "Pushed 1"] or page.wait_for_timeout(50))
     alice.patch("/api/notifications", json={"notification_id": sent[0]["id"]})
@@ -950,16 +954,8 @@ def test_the_push_switch_connects_and_disconnects_this_browser(
     device: Devices, alice: httpx.Client, sql: Sql
 ) -> None:
     reader = device(permissions=["notifications"])
-    reader.context.add_init_script(
-        """(() => {
-        const made = { endpoint: "https://push.example.com/1", toJSON: () => ({ endpoint: "https://push.example.com/1",
-            expirationTime: null, keys: { p256dh: %s, auth: "AAAAAAAAAAAAAAAAAAAAAA" } }),
-            unsubscribe: async () => { localStorage.plugged = ""; return true; } };
-        PushManager.prototype.subscribe = async () => { localStorage.plugged = "yes"; return made; };
-        PushManager.prototype.getSubscription = async () => localStorage.plugged ? made : null;
-    })()"""
-        % json.dumps(alice.get("/api/push/key").json()["public_key"])
-    )
+    point = json.dumps(alice.get("/api/push/key").json()["public_key"])
+    reader.context.add_init_script(PLUGGABLE.replace("P256DH", point))
     page = reader.open_live("/preferences")
     page.get_by_label("Push messages").check()
     expect(page.locator("#browser")).to_contain_text("Connected: push messages arrive here.")

@@ -1,0 +1,118 @@
+"""Requests in flight together share one statement, and none of them pays for another's fault."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from conftest import Running
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+NOTE = {"event_name": "comment.created", "title": "A comment", "body": "Inside"}
+JSON = {"Content-Type": "application/json"}
+
+
+def at_once(requests: list[tuple[str, str, str]], key: str) -> list[httpx.Response]:
+    """Post (service, path, body) all at the same time, and give the answers in order."""
+
+    async def post_all() -> list[httpx.Response]:
+        headers = {"Authorization": f"Bearer {key}", **JSON}
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(headers=headers, trust_env=False, timeout=15, limits=limits) as client:
+            return await asyncio.gather(
+                *(client.post(url + path, content=body) for url, path, body in requests)
+            )
+
+    return asyncio.run(post_all())
+
+
+def test_one_bad_item_among_31_good_ones_in_flight_fails_alone(
+    serve: Callable[..., Running], make_key: Callable[[str], str], sql: Sql
+) -> None:
+    service, key = serve(delivery_concurrency=0), make_key("send")
+    # PostgreSQL alone can see what is wrong with this one: it gets as far as the shared statement.
+    bad = json.dumps({"user_id": "bad", **NOTE})[:-1] + ', "data": {"n": 1e999999}}'
+    for turn in range(5):
+        bodies = [json.dumps({"user_id": f"u{turn}-{number}", **NOTE}) for number in range(31)]
+        bodies.insert(turn * 7, bad)
+        replies = at_once([(service.url, "/api/notifications", body) for body in bodies], key)
+        assert [reply.status_code for reply in replies].index(400) == turn * 7
+        assert sorted(reply.status_code for reply in replies) == [201] * 31 + [400]
+        for body, reply in zip(bodies, replies, strict=True):
+            if reply.status_code == 201:
+                assert reply.json()["notification"]["user_id"] == json.loads(body)["user_id"]
+    assert sql("SELECT count(*) FROM notifications") == [(5 * 31,)]
+
+
+def test_a_bad_batch_in_flight_takes_no_other_down(
+    serve: Callable[..., Running], make_key: Callable[[str], str], sql: Sql
+) -> None:
+    service, key = serve(delivery_concurrency=0), make_key("send")
+    single = json.dumps({"user_id": "alice", **NOTE})
+    bad = single[:-1] + ', "data": {"n": 1e999999}}'
+    batch = f'{{"notifications": [{single}, {single}]}}'
+    broken = f'{{"notifications": [{single}, {bad}, {single}]}}'
+    requests = [(service.url, "/api/notifications", single)] * 10
+    requests += [(service.url, "/api/notifications/batch", batch)] * 5
+    requests += [(service.url, "/api/notifications/batch", broken)] * 5
+    replies = at_once(requests, key)
+    assert [reply.status_code for reply in replies] == [201] * 15 + [400] * 5
+    assert sql("SELECT count(*) FROM notifications") == [(20,)]
+
+
+def test_everyone_gets_their_own_row_back(
+    serve: Callable[..., Running], make_key: Callable[[str], str], sql: Sql
+) -> None:
+    service, key = serve(delivery_concurrency=0), make_key("send")
+    bodies = [
+        {"user_id": f"u{n % 5}", **NOTE, "title": f"{n}", "idempotency_key": f"k{n // 2}"} for n in range(200)
+    ]
+    replies = at_once([(service.url, "/api/notifications", json.dumps(body)) for body in bodies], key)
+    stored = {
+        str(id): (user, title) for id, user, title in sql("SELECT id, user_id, title FROM notifications")
+    }
+    for body, reply in zip(bodies, replies, strict=True):
+        note = reply.json()["notification"]
+        assert (note["user_id"], note["idempotency_key"]) == (body["user_id"], body["idempotency_key"])
+        assert stored[note["id"]] == (note["user_id"], note["title"])
+        assert (
+            note["inserted"]
+            == (reply.status_code == 201)
+            == (note["title"] == body["title"] and note["inserted"])
+        )
+
+
+def test_batches_with_overlapping_keys_in_opposite_order_never_deadlock(
+    serve: Callable[..., Running], make_key: Callable[[str], str], sql: Sql
+) -> None:
+    """200 opposing pairs, two services on one database; digests and limits are fought for as well."""
+    first, second = (serve(delivery_concurrency=0, email_per_minute=3) for _ in range(2))
+    key = make_key("send")
+    sql("INSERT INTO notification_preferences (user_id, email, email_enabled, min_severity) "
+        "SELECT 'u' || n, 'u' || n || '@example.com', true, 'info' FROM generate_series(0, 4) n")  # fmt: skip
+    for turn in range(100):
+        items = [
+            {
+                "user_id": f"u{number % 5}", **NOTE, "idempotency_key": f"{turn}-{number}",
+                "batch_key": f"b{number % 3}" if number % 2 else None,
+            }
+            for number in range(10)
+        ]  # fmt: skip
+        there = json.dumps({"notifications": items})
+        back = json.dumps({"notifications": items[::-1]})
+        replies = at_once(
+            [
+                (one.url, "/api/notifications/batch", body)
+                for body in (there, back)
+                for one in (first, second)
+            ],
+            key,
+        )
+        assert [reply.status_code for reply in replies] == [201] * 4, [reply.text for reply in replies]
+        ids = [sorted(result["id"] for result in reply.json()["results"]) for reply in replies]
+        assert ids[0] == ids[1] == ids[2] == ids[3]
+        assert sum(result["inserted"] for reply in replies for result in reply.json()["results"]) == 10
+    assert sql("SELECT count(*), count(DISTINCT idempotency_key) FROM notifications") == [(1000, 1000)]
+    assert sql("SELECT count(*) FROM deliveries") == [(1000,)]
+    assert sql("SELECT count(*) FROM outbox WHERE digest IS NOT NULL AND state = 'open'")[0][0] <= 5 * 4
