@@ -24,7 +24,6 @@ import functools
 import hashlib
 import hmac
 import importlib.util
-import inspect
 import ipaddress
 import logging
 import os
@@ -75,7 +74,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 from jwt.utils import base64url_decode, base64url_encode
-from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post, put
+from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import Cookie, State
 from litestar.exceptions import HTTPException, ValidationException
@@ -465,6 +464,7 @@ class Item(NotificationCreate, kw_only=True):
 
     id: UUID
     redacted: bool = False
+    intake: UUID | None = None  # the row that kept it for later
 
 
 def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> Item:
@@ -510,6 +510,7 @@ class Outgoing(Struct):
     newest_id: UUID
     event_name: str | None  # of a single one
     lines: list[Line]
+    folded: bool = False  # a digest, even if one item is left
 
 
 class Outcome(Struct):
@@ -535,16 +536,21 @@ def encode(value: Any) -> str:
 
 
 class Query(NamedTuple):
-    """One statement of queries/, its parameters, and whether it changes an inbox."""
+    """One statement of queries/: its parameters, what it does, and whether it changes an inbox."""
 
     text: bytes
     parameters: frozenset[str]
+    about: str
     changes_inbox: bool
 
 
 def load_query(path: Path) -> Query:
     text = path.read_text()
-    return Query(text.encode(), frozenset(re.findall(r"%\((\w+)\)s", text)), "-- changes: inbox" in text)
+    about = re.sub(r"\n?-- ", " ", text[: re.search(r"^(?!--)", text, re.M).start()]).strip()
+    parameters = frozenset(re.findall(r"%\((\w+)\)s", text))
+    return Query(
+        text.encode(), parameters, about.removeprefix("changes: inbox "), "-- changes: inbox" in text
+    )
 
 
 QUERIES = {path.stem: load_query(path) for path in (HERE / "queries").glob("*.sql")}
@@ -1252,13 +1258,14 @@ class Outbound:
         shown |= {"url": f"{self.base}/n/{newest_id}", "tag": newest_id}
         if message.total > 1:
             shown |= {"url": f"{self.base}/", "tag": "bellhop"}
+        if message.folded:
             topic = derive(self.settings.secret, f"overflow of {message.user_id}").hex()[:32]
         try:
             keys = base64url_decode(address["p256dh"]), base64url_decode(address["auth"])
             body = seal_push(msgspec.json.encode(shown), *keys)
             origin = str(URL(address["endpoint"]).origin())
         except ValueError:
-            return Outcome("gone", "the keys or the endpoint of the subscription are unusable")
+            return Outcome("dead", "the keys or the endpoint of the subscription are unusable")
         period = int(time.time() // VAPID_SECONDS)
         vapid = vapid_header(self.vapid, self.settings.vapid_subject or self.base, origin, period)
         headers = {"Authorization": vapid, "Topic": topic, "Urgency": URGENCY[severity], **PUSH_HEADERS}
@@ -1359,13 +1366,16 @@ class Worker:
         self.in_flight: dict[asyncio.Task[None], Outgoing] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done, self.stopping = asyncio.Event(), asyncio.Event(), False
-        self.idle_at, self.digests_at = time.monotonic(), 0.0
+        self.claiming, self.finishing = asyncio.Lock(), asyncio.Lock()
+        self.idle_at, self.looked_at, self.suspect = time.monotonic(), 0.0, False
 
     async def claim_loop(self) -> None:
         """Claim whenever something may be due and there is room."""
         while not self.stopping:
             self.wake.clear()
-            if not await self.claim():
+            async with self.claiming:
+                found = await self.claim()
+            if not found:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.wake.wait(), self.settings.poll_seconds)
         await asyncio.Event().wait()
@@ -1373,16 +1383,17 @@ class Worker:
     async def claim(self) -> int:
         """Claim what is due and start sending it. A suspect runs alone: nothing else is in flight."""
         now = time.monotonic()
-        if now - self.digests_at >= self.settings.poll_seconds:
-            self.digests_at = now
+        if now - self.looked_at >= self.settings.poll_seconds:
+            self.looked_at = now
             async with self.intake.turn:
                 await self.db.run("update_due_digests")
+            self.suspect = await self.db.maybe("get_suspect") is not None
         if not self.in_flight:
             self.idle_at = now
-            if started := await self.start(room=1, alone=True):
+            if self.suspect and (started := await self.start(room=1, alone=True)):
                 await asyncio.wait(self.in_flight)
                 return started
-        elif now - self.idle_at > QUARANTINE_SECONDS and await self.db.maybe("get_suspect"):
+        elif self.suspect and now - self.idle_at > QUARANTINE_SECONDS:
             await asyncio.wait(self.in_flight)
             return 1
         return await self.start(room=self.settings.delivery_concurrency - len(self.in_flight), alone=False)
@@ -1400,6 +1411,7 @@ class Worker:
             alone=alone,
             share=share,
             busy=encode(busy),
+            mail=self.outbound.smtp is not None,
         )
         for message in messages:
             task = asyncio.create_task(self.deliver(message))
@@ -1411,6 +1423,8 @@ class Worker:
         """One attempt; how it ended is written down by the finish loop."""
         outcome = await self.ways[message.channel](message)
         key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
+        key["email"] = message.address.get("email")
+        outcome.error = one_line(outcome.error)  # what JSON or PostgreSQL refuse would hold up all results
         self.results.append(key | msgspec.structs.asdict(outcome))
         self.done.set()
 
@@ -1424,20 +1438,19 @@ class Worker:
 
     async def finish(self) -> None:
         """Write down the results so far."""
-        results, self.results = self.results, []
-        if not results:
-            return
-        try:
-            rows = await self.db.many("finish_messages", results=encode(results))
-        except Exception:
-            self.results, _ = results + self.results, self.done.set()
-            raise
+        async with self.finishing:
+            results, self.results = self.results, []
+            try:
+                rows = await self.db.many("finish_messages", results=encode(results)) if results else []
+            except Exception:
+                self.results, _ = results + self.results, self.done.set()
+                raise
         METRICS.leases_lost.inc(len(results) - len(rows))
         for row in rows:
             METRICS.deliveries.labels(row["channel"], row["state"], row["verdict"]).inc()
 
     async def intake_loop(self) -> None:
-        """Store what other programs and callers left for now. The key makes a second try harmless."""
+        """Store what other programs and callers left for now, in the statement that takes it out."""
         while True:
             rows = await self.db.many("list_due_intake", room=PRUNE_ROWS)
             await asyncio.gather(*(self.take_in(**row) for row in rows))
@@ -1448,34 +1461,40 @@ class Worker:
         """Move one row of intake to where it belongs, or say in it what is wrong."""
         try:
             asked = decode_body(bytes(payload), NotificationCreate)
-            user = recipients(Caller("key"), asked, "")[0]
-            await self.intake.create([make_item(user, asked, f"intake:{id}")])
+            if asked.deliver_at is not None:
+                raise FieldError("deliver_at", "Expected in the column due_at")
+            items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
+            for item in items:
+                item.intake = id
+            await self.intake.create(items)
         except Exception as error:
             problem = as_problem(error)
-            if PROBLEMS[problem.code][0] >= 500:
+            if problem.code == "database_away":
                 raise
             await self.db.run("update_intake", id=id, error=problem.detail or PROBLEMS[problem.code][1])
-        else:
-            await self.db.run("delete_intake", id=id)
 
     async def prune_loop(self) -> None:
         """Forget what is past its retention, a bounded number of rows at a time."""
         while True:
-            for name in ("prune_messages", "prune_notifications", "prune_rate_limits"):
+            for name in ("prune_messages", "prune_deliveries", "prune_notifications", "prune_rate_limits"):
                 while await self.db.run(name, room=PRUNE_ROWS) >= PRUNE_ROWS:
                     await asyncio.sleep(0.05)
             await asyncio.sleep(PRUNE_SECONDS)
 
     async def stop(self) -> None:
         """Let what is under way end, write it down, and give back what did not end in time."""
-        if self.in_flight:
-            await asyncio.wait(self.in_flight, timeout=STOP_SECONDS)
+        self.stopping = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS), self.claiming:
+                if self.in_flight:
+                    await asyncio.wait(self.in_flight)
         left = [{"user_id": m.user_id, "id": m.id, "claim_seq": m.claim_seq} for m in self.in_flight.values()]
         for task in self.in_flight:
             task.cancel()
-        await self.finish()
-        if left:
-            await self.db.run("release_messages", results=encode(left))
+        async with asyncio.timeout(1):  # the process has ten seconds to end
+            await self.finish()
+            if left:
+                await self.db.run("release_messages", results=encode(left))
 
 
 # ═══ 9 · Live ═════════════════════════════════════════════════════════════════════════════════
@@ -1645,7 +1664,7 @@ class Ask(Request[Caller, Any, State]):
         """The database with the caller filled in; a program has no user_id and must name one."""
         caller = self.user
         own = {"user_id": caller.user_id} if caller.user_id else {}
-        return self.bell.db.bind(for_admin=caller.admin, **own)
+        return self.bell.db.bind(for_admin=caller.admin, by_user=caller.kind != "key", **own)
 
     async def json(self) -> Any:
         """The body; every way in which JSON can be unacceptable is a 400 or 415 of ours."""
@@ -1777,46 +1796,15 @@ class InboxApi(Controller):
             "update_notification", id=data.notification_id, read=True, archived=None
         )
 
-    @patch("/api/notifications/{id:uuid}")
-    async def update_notification(
-        self, request: Ask, id: FromPath[UUID], data: JSONBody[NotificationPatch]
-    ) -> Any:
-        """Mark one notification read or unread, archive or restore it; 404 when it is not yours."""
-        return await request.mine.one("update_notification", id=id, read=data.read, archived=data.archived)
-
     @get("/api/stream")
     async def stream(self, request: Ask) -> ASGIApp:
         """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
         return InboxStream(request.bell.db, request.bell.hub, request.user.user_id)
 
-    @get("/api/preferences")
-    async def get_preferences(self, request: Ask) -> Any:
-        """The caller's choices."""
-        return {"preferences": (await request.mine.one("get_preferences"))["preferences"]}
-
-    @patch("/api/preferences")
-    async def update_preferences(self, request: Ask, data: JSONBody[PreferencesPatch]) -> Any:
-        """Merge into the caller's choices."""
-        saved = await request.mine.one("update_preferences", patch=encode(data), by_user=True)
-        return {"preferences": saved["preferences"]}
-
     @get("/api/push/key")
     async def get_push_key(self, request: Ask) -> Any:
         """What a browser subscribes with."""
         return {"public_key": request.bell.outbound.public_key}
-
-    @post("/api/push/subscriptions")
-    async def create_push_subscription(self, request: Ask, data: JSONBody[PushSubscription]) -> Response[Any]:
-        """Register a browser: 201, or 200 when it was known; another user's moves to the caller."""
-        where = {"endpoint": data.endpoint, "host": urlsplit(data.endpoint).hostname}
-        keys = msgspec.structs.asdict(data.keys)
-        row = await request.mine.one("create_push_subscription", **where, **keys)
-        return answer({"id": row["id"]}, 201 if row["added"] else 200)
-
-    @delete("/api/push/subscriptions")
-    async def delete_push_subscription(self, request: Ask, data: JSONBody[Endpoint]) -> None:
-        """Forget a browser; also when there was none."""
-        await request.mine.run("delete_push_subscription", endpoint=data.endpoint)
 
 
 class ProgramApi(Controller):
@@ -1850,25 +1838,6 @@ class ProgramApi(Controller):
         for user in set(users):
             request.bell.changed(user)
         return {"resolved": len(users)}
-
-    @put("/api/users/{user_id:str}")
-    async def update_user(self, request: Ask, user_id: PathUser, data: JSONBody[ContactPatch]) -> Any:
-        """Set how a user is reached."""
-        return await request.mine.one(
-            "update_preferences", user_id=user_id, patch=encode(data), by_user=False
-        )
-
-    @patch("/api/users/{user_id:str}/preferences")
-    async def update_user_preferences(
-        self, request: Ask, user_id: PathUser, data: JSONBody[PreferencesPatch]
-    ) -> Any:
-        """Merge into a user's choices."""
-        wish = {"patch": encode(data), "by_user": False}
-        return {
-            "preferences": (await request.mine.one("update_preferences", user_id=user_id, **wish))[
-                "preferences"
-            ]
-        }
 
     @post("/api/users/{user_id:str}/token")
     async def create_user_token(
@@ -1920,11 +1889,6 @@ class AdminApi(Controller):
         request.bell.worker.wake.set()
         return {"id": id}
 
-    @post("/api/deliveries/retry", status_code=200)
-    async def retry_deliveries(self, request: Ask, data: JSONBody[RetryRequest]) -> Any:
-        """Put all failed deliveries (of a channel) back in the queue, spread out."""
-        return await request.mine.one("retry_deliveries", channel=data.channel)
-
     @post("/api/webhooks")
     async def create_webhook(self, request: Ask, data: JSONBody[WebhookCreate]) -> Any:
         """A new endpoint; its signing secret is told this once."""
@@ -1966,33 +1930,54 @@ async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> di
     }
 
 
-def statement(method: str, path: str, by: str, name: str, about: str, status: int = 200) -> HTTPRouteHandler:
-    """A route that is one statement: caller and path are its parameters, its row is the answer."""
+def statement(
+    method: str, path: str, by: str, name: str, status: int = 200, body: Any = None, only: str = ""
+) -> HTTPRouteHandler:
+    """A route that is one statement: caller, path and body are its parameters, its row is the answer."""
 
     async def run(request: Ask) -> Any:
-        row = await request.mine.one(name, **request.path_params)
-        return row if status != 204 else None
+        return await run_with(request, None)
 
-    run.__name__, run.__doc__ = name, about
-    run.__annotations__["return"] = None if status == 204 else Any
-    handler = HTTPRouteHandler(path, http_method=cast("Any", method), status_code=status, by=by)
-    return handler(run)
+    async def run_with(request: Ask, data: Any) -> Any:
+        given = data and ({"patch": encode(data)} if body in PATCHES else msgspec.structs.asdict(data))
+        row = await request.mine.one(name, **request.path_params, **given or {})
+        if "added" in row:
+            return answer(row, 201 if row.pop("added") else 200)
+        return None if status == 204 else {only: row[only]} if only else row
+
+    handle = run_with if body else run
+    handle.__name__, handle.__doc__ = name, QUERIES[name].about
+    handle.__annotations__ |= {"return": None if status == 204 else Any} | (
+        {"data": JSONBody[body]} if body else {}
+    )
+    return HTTPRouteHandler(path, http_method=cast("Any", method), status_code=status, by=by)(handle)
 
 
+USER = "/api/users/{user_id:str}"
+# Bodies that a statement merges as a whole instead of taking their fields.
+PATCHES = (PreferencesPatch, ContactPatch, PushSubscription)
 STATEMENTS = [
-    ("GET", "/api/notifications/{id:uuid}", "user", "get_notification", "One, and what became of it."),
-    ("GET", "/api/unread-count", "user", "get_unread_count", "How many are neither read nor archived."),
-    ("GET", "/api/outbox", "user", "list_outbox", "The caller's messages still to leave."),
-    ("POST", "/api/outbox/{id:uuid}/send", "user", "update_outbox_message", "Let a message leave now."),
-    ("POST", "/api/outbox/{id:uuid}/skip", "user", "delete_outbox_message", "Let a message never leave."),
-    ("GET", "/api/users/{user_id:str}", "program", "get_preferences", "A user's contact and choices."),
-    ("GET", "/api/users/{user_id:str}/export", "program", "get_export", "Everything held about a user."),
-    ("DELETE", "/api/users/{user_id:str}", "program", "delete_user", "Erase all of a user.", 204),
-    ("DELETE", "/api/scheduled/{id:uuid}", "program", "delete_scheduled", "Cancel what is for later.", 204),
-    ("GET", "/api/keys", "admin", "list_api_keys", "All API keys, without their secrets."),
-    ("GET", "/api/stats", "admin", "get_stats", "Counts, the oldest due message, breakers, the last hour."),
-    ("GET", "/api/webhooks", "admin", "list_webhooks", "All endpoints, without their secrets."),
-    ("DELETE", "/api/webhooks/{id:uuid}", "admin", "delete_webhook", "Forget an endpoint.", 204),
+    ("GET", "/api/notifications/{id:uuid}", "user", "get_notification"),
+    ("PATCH", "/api/notifications/{id:uuid}", "user", "update_notification", 200, NotificationPatch),
+    ("GET", "/api/unread-count", "user", "get_unread_count"),
+    ("GET", "/api/preferences", "user", "get_preferences", 200, None, "preferences"),
+    ("PATCH", "/api/preferences", "user", "update_preferences", 200, PreferencesPatch, "preferences"),
+    ("GET", "/api/outbox", "user", "list_outbox"),
+    ("POST", "/api/outbox/{id:uuid}/send", "user", "update_outbox_message"),
+    ("POST", "/api/outbox/{id:uuid}/skip", "user", "delete_outbox_message"),
+    ("POST", "/api/push/subscriptions", "user", "create_push_subscription", 201, PushSubscription),
+    ("DELETE", "/api/push/subscriptions", "user", "delete_push_subscription", 204, Endpoint),
+    ("GET", USER, "program", "get_preferences"),
+    ("PUT", USER, "program", "update_preferences", 200, ContactPatch),
+    ("PATCH", f"{USER}/preferences", "program", "update_preferences", 200, PreferencesPatch, "preferences"),
+    ("GET", f"{USER}/export", "program", "get_export"),
+    ("DELETE", USER, "program", "delete_user", 204),
+    ("DELETE", "/api/scheduled/{id:uuid}", "program", "delete_scheduled", 204),
+    ("POST", "/api/deliveries/retry", "admin", "retry_deliveries", 200, RetryRequest),
+    ("GET", "/api/keys", "admin", "list_api_keys"),
+    ("GET", "/api/stats", "admin", "get_stats"),
+    ("GET", "/api/webhooks", "admin", "list_webhooks"),
+    ("DELETE", "/api/webhooks/{id:uuid}", "admin", "delete_webhook", 204),
 ]
 
 
@@ -2024,13 +2009,10 @@ class Pages:
             loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
         )
 
-    async def show(self, request: Ask, name: str, **parts: Any) -> Response[Any]:
-        """A page in the reader's language; a part that is a statement is run for it."""
-        values = {
-            key: plain(await part if inspect.isawaitable(part) else part) for key, part in parts.items()
-        }
+    def show(self, request: Ask, name: str, **values: Any) -> Response[Any]:
+        """A page in the reader's language."""
         caller, spoken = request.scope.get("user"), request.headers.get("accept-language", "")
-        lang = language(f"{values.get('contact', {}).get('locale', '')},{spoken}")
+        lang = language(f"{values.get('locale', '')},{spoken}")
         text = self.templates.get_template(name).render(
             w=WORDS[lang],
             lang=lang,
@@ -2074,54 +2056,43 @@ def session_cookie(settings: Settings, value: str, seconds: int) -> Cookie:
     return Cookie(COOKIE, value=value, max_age=seconds, httponly=True, samesite="lax", secure=secure)
 
 
-class UserPages(Controller):
-    """Pages of a signed-in user."""
+def page(path: str, by: str, template: str, names: str) -> HTTPRouteHandler:
+    """A page that is a template and the statements it shows, by the names of their columns."""
 
-    opt, include_in_schema, exception_handlers = {"by": "user"}, False, {Problem: show_way_in}
+    async def show(request: Ask) -> Response[Any]:
+        asked = {name: request.query_params.get(name) == "1" for name in ("unread", "archived")}
+        rest = {
+            "event": None,
+            "cursor": None,
+            "limit": 30,
+            "status": "failed",
+            "channel": None,
+            "about": None,
+        }
+        db = request.mine.bind(**asked, **rest)
+        row: dict[str, Any] = {"push_key": request.bell.outbound.public_key}
+        for name in names.split():
+            row |= plain(await db.one(name, **request.path_params if name == "get_notification" else {}))
+        return request.bell.pages.show(request, template, listing=row, stats=row, failed=row, **row)
 
-    @get("/")
-    async def show_inbox(
-        self, request: Ask, unread: FromQuery[bool] = False, archived: FromQuery[bool] = False
-    ) -> Response[Any]:
-        """The inbox."""
-        wanted = {"unread": unread, "archived": archived, "event": None, "limit": 30, "cursor": None}
-        return await request.bell.pages.show(
-            request,
-            "inbox.html",
-            contact=request.mine.one("get_preferences"),
-            listing=request.mine.one("list_notifications", **wanted),
-            **plain(await request.mine.one("list_outbox")),
-        )
+    unknown = {Problem: show_way_in}
+    handler = HTTPRouteHandler(
+        path, http_method="GET", by=by, include_in_schema=False, exception_handlers=unknown
+    )
+    return handler(show)
 
-    @get("/n/{id:uuid}")
-    async def show_notification(self, request: Ask, id: FromPath[UUID]) -> Response[Any]:
-        """One notification: where the links of mails and pushes lead."""
-        shown = plain(await request.mine.one("get_notification", id=id))
-        return await request.bell.pages.show(
-            request, "notification.html", contact=request.mine.one("get_preferences"), **shown
-        )
 
-    @get("/preferences")
-    async def show_preferences(self, request: Ask) -> Response[Any]:
-        """The user's choices."""
-        contact, seen = (
-            plain(await request.mine.one("get_preferences")),
-            plain(await request.mine.one("list_event_names")),
-        )
-        known = {"preferences": contact["preferences"], "push_key": request.bell.outbound.public_key}
-        return await request.bell.pages.show(request, "preferences.html", contact=contact, **known, **seen)
-
-    @get("/admin", by="admin")
-    async def show_admin(self, request: Ask) -> Response[Any]:
-        """What is failing, and the keys of the house."""
-        failed = {"status": "failed", "channel": None, "about": None, "limit": 30, "cursor": None}
-        return await request.bell.pages.show(
-            request,
-            "admin.html",
-            stats=request.mine.one("get_stats"),
-            failed=request.mine.one("list_deliveries", **failed),
-            **plain(await request.mine.one("list_api_keys") | await request.mine.one("list_webhooks")),
-        )
+PAGES = [
+    ("/", "user", "inbox.html", "get_preferences list_notifications list_outbox"),
+    ("/n/{id:uuid}", "user", "notification.html", "get_preferences get_notification"),
+    ("/preferences", "user", "preferences.html", "get_preferences list_event_names"),
+    (
+        "/admin",
+        "admin",
+        "admin.html",
+        "get_preferences get_stats list_deliveries list_api_keys list_webhooks",
+    ),
+]
 
 
 class PublicPages(Controller):
@@ -2132,7 +2103,7 @@ class PublicPages(Controller):
     @get("/login")
     async def show_login(self, request: Ask) -> Response[Any]:
         """Where a sign-in link lands."""
-        return await request.bell.pages.show(request, "login.html")
+        return request.bell.pages.show(request, "login.html")
 
     @post("/login", status_code=200)
     async def login(self, request: Ask, data: JSONBody[LoginRequest]) -> Response[Any]:
@@ -2154,7 +2125,7 @@ class PublicPages(Controller):
         """A form; looking at it changes nothing."""
         known = read_unsubscribe(request.bell.settings.secret, token)
         event = known and known[1]
-        return await request.bell.pages.show(
+        return request.bell.pages.show(
             request, "unsubscribe.html", token_ok=bool(known), done=False, event_name=event
         )
 
@@ -2166,7 +2137,7 @@ class PublicPages(Controller):
             raise Problem("not_found")
         event = known[1] if b"event=" in await request.body() else None
         await request.bell.db.run("update_unsubscribed", user_id=known[0], event=event)
-        return await request.bell.pages.show(
+        return request.bell.pages.show(
             request, "unsubscribe.html", token_ok=True, done=True, event_name=event
         )
 
@@ -2605,8 +2576,8 @@ class HeadAsGet:
 
 
 # The route table: each says at its head who may call.
-ROUTES = [InboxApi, ProgramApi, AdminApi, UserPages, PublicPages, Operations]
-ROUTES += [statement(*route) for route in STATEMENTS]
+ROUTES = [InboxApi, ProgramApi, AdminApi, PublicPages, Operations]
+ROUTES += [statement(*route) for route in STATEMENTS] + [page(*route) for route in PAGES]
 
 
 def create_app(settings: Settings) -> Litestar:

@@ -152,8 +152,11 @@ settled AS (
     WHERE v.user_id = i.user_id AND v.notification_id = i.notification_id AND v.channel = i.channel
       AND v.target = i.target AND (i.reason IS NOT NULL OR d.verdict = 'failed')
 )
-SELECT c.user_id, c.id, c.claim_seq, d.channel, d.provider, coalesce(d.locale, 'en') AS locale, d.attempts,
-       d.created_at, d.address, d.total, d.newest_id, d.event_name, d.lines, d.digest IS NOT NULL AS folded
+SELECT json_build_object(
+    'user_id', c.user_id, 'id', c.id, 'claim_seq', c.claim_seq, 'channel', d.channel, 'provider', d.provider,
+    'locale', coalesce(d.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at, 'address', d.address,
+    'total', d.total, 'newest_id', d.newest_id, 'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
+    'lines', d.lines, 'folded', d.digest IS NOT NULL) AS message
 FROM claimed c
 JOIN decided d ON d.user_id = c.user_id AND d.id = c.id
 WHERE d.verdict = 'sending'

@@ -7,16 +7,20 @@ WITH item AS MATERIALIZED (
     FROM ROWS FROM (jsonb_to_recordset(%(items)s::jsonb) AS (
         id uuid, user_id text, event_name text, title text, body text, summary text,
         target_url text, severity text, data jsonb, idempotency_key text, batch_key text,
-        subject_key text, private boolean, redacted boolean)) WITH ORDINALITY
+        subject_key text, private boolean, redacted boolean, intake uuid)) WITH ORDINALITY
         AS i (id, user_id, event_name, title, body, summary, target_url, severity, data,
-              idempotency_key, batch_key, subject_key, private, redacted, n)
+              idempotency_key, batch_key, subject_key, private, redacted, intake, n)
+),
+-- What was kept for later leaves intake here and nowhere else: it is stored once or was cancelled.
+due AS MATERIALIZED (
+    DELETE FROM intake WHERE id IN (SELECT i.intake FROM item i WHERE i.intake IS NOT NULL) RETURNING id
 ),
 -- One key twice in a batch is one row. Sorted, so that two batches cannot deadlock.
 wanted AS MATERIALIZED (
     SELECT DISTINCT ON (i.user_id, i.ref) i.*
     FROM item i
     LEFT JOIN notification_preferences p ON p.user_id = i.user_id
-    WHERE coalesce(p.in_app_enabled, true)
+    WHERE coalesce(p.in_app_enabled, true) AND (i.intake IS NULL OR i.intake IN (SELECT d.id FROM due d))
     ORDER BY i.user_id, i.ref, i.n
 ),
 -- The empty-handed update returns the row of an earlier key, and waits for one not yet committed.
@@ -71,8 +75,8 @@ judged AS MATERIALIZED (
                 WHEN NOT coalesce(switch.enabled, true) THEN 'preference_off'
                 WHEN c.address IS NULL OR x.reason = 'bounced' THEN 'no_address'
                 WHEN x.reason = 'unsubscribed' THEN 'unsubscribed' END AS reason,
-           CASE WHEN c.channel = 'webhook' THEN 'slot'
-                WHEN c.severity = 'critical' THEN 'critical'
+           CASE WHEN c.severity = 'critical' THEN 'critical'
+                WHEN c.channel = 'webhook' THEN 'slot'
                 WHEN quiet.until IS NOT NULL THEN 'quiet'
                 WHEN c.channel = 'email' AND c.batch_key IS NOT NULL AND c.digest_minutes > 0 THEN 'batch'
                 ELSE 'now' END AS way
@@ -98,17 +102,19 @@ judged AS MATERIALIZED (
 ),
 -- What asks for a token now: its lane, the lane's limit and its place among the lane's new ones.
 asking AS MATERIALIZED (
-    SELECT j.delivery_id, lane.*, row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place
+    SELECT j.delivery_id, lane.*, CASE WHEN j.way = 'critical' THEN 30 ELSE lane.usual END AS channel_limit,
+           row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place
     FROM judged j
     CROSS JOIN LATERAL (
         SELECT CASE WHEN j.way = 'slot' THEN '' ELSE j.user_id END AS owner,
                CASE WHEN j.way = 'critical' THEN j.channel || ' critical' ELSE j.channel END AS lane,
                CASE WHEN j.way = 'slot' THEN j.target ELSE %(no_target)s::uuid END AS target,
-               (%(limits)s::jsonb ->> j.channel)::int AS channel_limit
+               (%(limits)s::jsonb ->> j.channel)::int AS usual
     ) lane
-    WHERE j.reason IS NULL AND j.way IN ('now', 'critical', 'slot') AND lane.channel_limit > 0
+    WHERE j.reason IS NULL AND j.way IN ('now', 'critical', 'slot') AND lane.usual > 0
 ),
--- A webhook's counter carries over what was promised to later minutes, the others start anew.
+-- A webhook's counter carries over what was promised to later minutes. The others start anew, but after
+-- a minute that overflowed with the token of the digest that leaves then already gone.
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT owner, lane, target, date_trunc('minute', now()), count(*)
@@ -117,8 +123,11 @@ counted AS MATERIALIZED (
     SET minute = greatest(r.minute, EXCLUDED.minute),
         used = EXCLUDED.used + CASE
             WHEN r.minute >= EXCLUDED.minute THEN r.used
-            WHEN r.lane = 'webhook' THEN greatest(0, r.used - (%(limits)s::jsonb ->> 'webhook')::int
-                 * (extract(epoch FROM EXCLUDED.minute - r.minute) / 60)::int)
+            WHEN r.lane LIKE 'webhook%%'
+            THEN greatest(0, r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30)
+                             * (extract(epoch FROM EXCLUDED.minute - r.minute) / 60)::int)
+            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+            THEN (r.used > coalesce((%(limits)s::jsonb ->> r.lane)::int, 30))::int
             ELSE 0 END
     RETURNING r.user_id, r.lane, r.target, r.minute, r.used
 ),
@@ -130,20 +139,20 @@ drawn AS MATERIALIZED (
     JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
 ),
 timed AS MATERIALIZED (
-    SELECT j.*, folder.digest, d.minute AS token_minute,
+    SELECT j.*, folder.digest,
+           CASE folder.digest WHEN 'overflow' THEN d.minute + interval '1 minute' ELSE d.minute END AS token_minute,
            CASE WHEN folder.digest = 'quiet' THEN j.until
                 WHEN folder.digest = 'overflow' THEN d.minute + interval '1 minute'
                 WHEN folder.digest IS NOT NULL THEN now() + j.digest_minutes * interval '1 minute'
-                WHEN j.way = 'slot' AND d.number > d.channel_limit
+                WHEN d.number > d.channel_limit
                 THEN d.minute + ((d.number - 1) / d.channel_limit) * interval '1 minute'
                 ELSE now() END AS available_at
     FROM judged j
     LEFT JOIN drawn d ON d.delivery_id = j.delivery_id
     CROSS JOIN LATERAL (
-        SELECT CASE j.way WHEN 'quiet' THEN 'quiet'
-                          WHEN 'batch' THEN 'key:' || j.batch_key
-                          WHEN 'now' THEN CASE WHEN d.number > d.channel_limit THEN 'overflow' END
-                          WHEN 'critical' THEN CASE WHEN d.number > 30 THEN 'overflow' END
+        SELECT CASE WHEN j.way = 'quiet' THEN 'quiet'
+                    WHEN j.way = 'batch' THEN 'key:' || j.batch_key
+                    WHEN j.channel <> 'webhook' AND d.number > d.channel_limit THEN 'overflow'
                END AS digest
     ) folder
     WHERE j.reason IS NULL
@@ -152,16 +161,16 @@ timed AS MATERIALIZED (
 opened AS MATERIALIZED (
     INSERT INTO outbox AS o (user_id, id, channel, target, digest, critical, available_at, token_minute,
                              provider)
-    SELECT user_id, message_id, channel, target, digest, digest IS NULL AND severity = 'critical',
-           available_at, CASE WHEN digest IS NULL THEN token_minute END, provider
+    SELECT user_id, message_id, channel, target, digest, way = 'critical', available_at, token_minute, provider
     FROM (
         SELECT DISTINCT ON (user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END) *
         FROM timed
-        ORDER BY user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END, n
+        ORDER BY user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END,
+                 way = 'critical' DESC, n
     ) first_of_message
     ORDER BY user_id, channel, target, digest, n
     ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
-    DO UPDATE SET digest = EXCLUDED.digest
+    DO UPDATE SET critical = o.critical OR EXCLUDED.critical  -- a claim sees by this write that it grew
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest, o.available_at
 ),
 queued AS (

@@ -1,14 +1,15 @@
--- Skips a waiting message for ever: its items become cancelled; no row when it has left already.
-WITH skipped AS (
-    UPDATE outbox
-    SET state = 'void', finished_at = now()
+-- Skips a waiting message: its items become cancelled, and what joins it later leaves without them; no
+-- row when it has left already. The message itself stays until it is due, so that nothing is lost.
+WITH waiting AS MATERIALIZED (
+    SELECT id FROM outbox
     WHERE user_id = %(user_id)s::text AND id = %(id)s::uuid AND state IN ('open', 'pending')
-    RETURNING id
+    FOR UPDATE
 ),
 cancelled AS (
     UPDATE deliveries d
     SET status = 'cancelled'
-    FROM skipped
-    WHERE d.user_id = %(user_id)s::text AND d.message_id = skipped.id AND d.status = 'queued'
+    FROM waiting w
+    WHERE d.user_id = %(user_id)s::text AND d.message_id = w.id AND d.status = 'queued'
+    RETURNING d.message_id
 )
-SELECT id FROM skipped
+SELECT w.id FROM waiting w WHERE EXISTS (SELECT FROM cancelled)

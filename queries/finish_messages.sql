@@ -89,7 +89,8 @@ closed_endpoints AS (
 ),
 -- An address is dead at its second bounce in a row; a mail that is taken ends the row.
 bounced AS (
-    SELECT user_id, email, count(*) AS times FROM finished WHERE verdict = 'bounced' GROUP BY user_id, email
+    SELECT DISTINCT ON (user_id) user_id, email, count(*) OVER (PARTITION BY user_id, email) AS times
+    FROM finished WHERE verdict = 'bounced' ORDER BY user_id, email
 ),
 bounces AS (
     INSERT INTO suppressions AS s (user_id, channel, address, reason, hits)

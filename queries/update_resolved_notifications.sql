@@ -6,11 +6,21 @@ WITH settled AS (
     WHERE subject_key = %(subject_key)s::text AND archived_at IS NULL
     RETURNING user_id, id
 ),
+-- Locked, so that none of them is claimed meanwhile.
+waiting AS MATERIALIZED (
+    SELECT o.user_id, o.id
+    FROM outbox o
+    WHERE o.state IN ('open', 'pending')
+      AND (o.user_id, o.id) IN (
+          SELECT d.user_id, d.message_id FROM deliveries d
+          JOIN settled s ON s.user_id = d.user_id AND s.id = d.notification_id AND d.status = 'queued')
+    ORDER BY o.user_id, o.id
+    FOR UPDATE
+),
 dropped AS (
     UPDATE deliveries d
     SET status = 'suppressed', reason = 'already_read'
-    FROM settled s, outbox o
-    WHERE d.user_id = s.user_id AND d.notification_id = s.id AND d.status = 'queued'
-      AND o.user_id = d.user_id AND o.id = d.message_id AND o.state IN ('open', 'pending')
+    FROM settled s JOIN waiting w ON w.user_id = s.user_id
+    WHERE d.user_id = s.user_id AND d.notification_id = s.id AND d.status = 'queued' AND d.message_id = w.id
 )
 SELECT user_id FROM settled

@@ -23,6 +23,7 @@ from pytest_postgresql import factories
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import app
+from peers import Mailbox, hookbox, mailbox, pushbox  # noqa: F401  fixtures are found by name here
 
 SECRET = "a secret that is only good for tests, 32 bytes or more"
 DEADLINE = 15  # seconds that nothing in a test may wait longer than
@@ -144,6 +145,38 @@ def serve(database: str, tmp_path: Path) -> Iterator[Callable[..., Running]]:
 def service(serve: Callable[..., Running]) -> Running:
     """The service as it is with default settings."""
     return serve()
+
+
+@pytest.fixture
+def delivering(serve: Callable[..., Running], mailbox: Mailbox) -> Callable[..., Running]:  # noqa: F811
+    """Start a service that sends to the peers and looks for work all the time."""
+
+    def start(**settings: Any) -> Running:
+        usual = {
+            "smtp_url": mailbox.url, "mail_from": "Bellhop <bell@example.org>", "outbound_allow": "127.0.0.0/8",
+            "poll_seconds": 0.05, "channel_timeout_seconds": 5, "lease_seconds": 60, "email_per_minute": 0,
+        }  # fmt: skip
+        return serve(**usual | settings)
+
+    return start
+
+
+@pytest.fixture
+def drain(sql: Callable[..., Any]) -> Callable[[], None]:
+    """Wait until nothing is due and nothing is under way."""
+
+    def wait() -> None:
+        eventually(lambda: sql(NOTHING_DUE)[0][0])
+
+    return wait
+
+
+NOTHING_DUE = """
+    SELECT NOT EXISTS (
+        SELECT FROM outbox o LEFT JOIN breakers b USING (provider)
+        WHERE o.state = 'sending'
+           OR o.state IN ('open', 'pending') AND o.available_at <= now() AND coalesce(b.paused_until <= now(), true))
+    AND NOT EXISTS (SELECT FROM intake WHERE error IS NULL AND due_at <= now())"""
 
 
 @pytest.fixture

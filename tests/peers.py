@@ -509,12 +509,15 @@ def outgoing(channel: str, address: Mapping[str, Any], *lines: Line, **changes: 
         "claim_seq": 1,
         "user_id": "alice",
         "channel": channel,
+        "provider": channel,
         "locale": "en",
         "attempts": 0,
         "created_at": NOON,
         "address": dict(address),
         "lines": shown,
         "total": len(shown),
+        "newest_id": max(shown, key=lambda each: each.created_at).id,
+        "folded": len(shown) > 1,
         "event_name": shown[0].event_name if len(shown) == 1 else None,
     }
     return Outgoing(**(usual | changes))

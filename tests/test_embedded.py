@@ -38,6 +38,7 @@ with embedded_postgres(Path(sys.argv[1])) as conninfo, psycopg.connect(conninfo,
             print(database.execute("INSERT INTO kept DEFAULT VALUES RETURNING id").fetchone()[0], flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
+        time.sleep(0.5)
         print("after Ctrl-C:", database.execute("SELECT 'still there'").fetchone()[0], flush=True)
 """
 

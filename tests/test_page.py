@@ -456,8 +456,8 @@ def test_only_one_tab_of_a_browser_holds_a_stream(device: Devices, post: Post) -
     laptop = device()
     streams: set[Any] = set()
     laptop.context.on("request", lambda one: one.url.endswith("/api/stream") and streams.add(one))
-    laptop.context.on("requestfailed", streams.discard)
-    laptop.context.on("requestfinished", streams.discard)
+    laptop.context.on("requestfailed", lambda one: streams.discard(one))
+    laptop.context.on("requestfinished", lambda one: streams.discard(one))
     pages = [laptop.open_live() for _ in range(7)]  # one more than a browser's connections to a site
     assert len(streams) == 1
     post(title="For all")

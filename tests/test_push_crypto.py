@@ -254,12 +254,12 @@ def test_a_push_service_that_is_not_there_is_a_fault(pushbox: Pushbox, tmp_path:
         {"endpoint": "http://[bad"},
     ],
 )
-def test_a_subscription_nobody_can_use_is_gone(
+def test_a_subscription_nobody_can_use_fails_at_once_but_stays(
     pushbox: Pushbox, tmp_path: Path, changes: dict[str, str]
 ) -> None:
     address = pushbox.subscription().address() | changes
     [result] = deliver(outbound_settings(tmp_path), outgoing("push", address))
-    assert result.verdict == "gone"
+    assert result.verdict == "dead"
     assert not pushbox.requests
 
 

@@ -1,0 +1,246 @@
+"""What programs do for users: contact, export, erase, tokens, resolving a subject, notifications for later."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import jwt
+import pytest
+from conftest import SECRET, Running, eventually, problem, user_token
+
+Json = dict[str, Any]
+Post = Callable[..., Json]
+Sql = Callable[..., list[tuple[Any, ...]]]
+NOTE = {"user_id": "alice", "event_name": "comment.created", "title": "A comment", "body": "Inside"}
+
+
+def soon(**ahead: float) -> str:
+    return (datetime.now(UTC) + timedelta(**ahead)).isoformat()
+
+
+# ─── Contact ───
+
+
+def test_a_contact_is_set_field_by_field(sender: httpx.Client) -> None:
+    nobody = sender.get("/api/users/alice").json()
+    assert (nobody["user_id"], nobody["email"], nobody["timezone"], nobody["locale"]) == (
+        "alice",
+        None,
+        "UTC",
+        "en",
+    )
+    first = sender.put("/api/users/alice", json={"email": "alice@example.com"})
+    assert first.status_code == 200 and first.json()["email"] == "alice@example.com"
+    second = sender.put("/api/users/alice", json={"timezone": "Asia/Seoul", "locale": "ko"}).json()
+    assert (second["email"], second["timezone"], second["locale"]) == (
+        "alice@example.com",
+        "Asia/Seoul",
+        "ko",
+    )
+    assert second["preferences"]["timezone"] == "Asia/Seoul"
+    assert sender.get("/api/users/alice").json() == second
+    assert sender.put("/api/users/alice", json={"email": None}).json()["email"] is None
+    assert sender.put("/api/users/alice", json={}).status_code == 200
+
+
+def test_an_address_that_is_none_is_refused(sender: httpx.Client, contents: Callable[[], Json]) -> None:
+    before = contents()
+    for wrong in (
+        "", "alice", "@example.com", "alice@", "a b@example.com", "a@b@c", "a@example.com\n",
+        "a@example.com, b@x.y", "<a@example.com>", "a\r\nBcc: b@x.y", "a@exa mple.com",
+        "x" * 250 + "@example.com", 5, True, ["a@b.c"], {},
+    ):  # fmt: skip
+        problem(sender.put("/api/users/alice", json={"email": wrong}), 400, "email")
+    for right in ("a@example.com", "a.b+c@sub.example.com", "ünï@exämple.com", "a@localhost"):
+        assert sender.put("/api/users/bob", json={"email": right}).json()["email"] == right
+    sender.delete("/api/users/bob")
+    assert contents() == before
+
+
+def test_user_ids_may_hold_what_urls_must_quote(sender: httpx.Client, sql: Sql) -> None:
+    for user, path in (
+        ("a b", "a%20b"), ("a@example.com", "a@example.com"), ("é", "%C3%A9"), ("a?b#c", "a%3Fb%23c"),
+        ("a+b", "a+b"), ("a%20b", "a%2520b"), ("auth0|1", "auth0%7C1"), ("<script>", "%3Cscript%3E"),
+        ("'; --", "'%3B%20--"),
+    ):  # fmt: skip
+        reply = sender.put(f"/api/users/{path}", json={"locale": "de"})
+        assert reply.status_code == 200 and reply.json()["user_id"] == user
+        assert sql("SELECT user_id FROM notification_preferences") == [(user,)]
+        assert sender.delete(f"/api/users/{path}").status_code == 204
+        assert sql("SELECT user_id FROM notification_preferences") == []
+
+
+# ─── Export and erase ───
+
+
+def fill(user: str, sender: httpx.Client, service: Running, client: Any, sql: Sql) -> None:
+    """Something of every kind that can be held about a user."""
+    sender.put(f"/api/users/{user}", json={"email": f"{user}@example.com"})
+    sender.patch(f"/api/users/{user}/preferences", json={"email_enabled": True, "min_severity": "info"})
+    own = client(service.url, user_token(user))
+    own.post(
+        "/api/push/subscriptions",
+        json={"endpoint": f"https://p.example/{user}", "keys": {"p256dh": "x", "auth": "y"}},
+    )
+    for number in range(3):
+        assert (
+            sender.post(
+                "/api/notifications", json=NOTE | {"user_id": user, "batch_key": f"b{number}"}
+            ).status_code
+            == 201
+        )
+    later = sender.post("/api/notifications", json=NOTE | {"user_id": user, "deliver_at": soon(hours=1)})
+    assert later.status_code == 202
+    sql("INSERT INTO suppressions (user_id, channel, reason) VALUES (%s, 'email', 'unsubscribed')", user)
+
+
+@pytest.fixture
+def service(serve: Callable[..., Running]) -> Running:
+    """A service that sends nothing, so that what is queued stays."""
+    return serve(delivery_concurrency=0)
+
+
+def test_an_export_holds_everything_about_the_user_and_nobody_else(
+    sender: httpx.Client, service: Running, client: Any, sql: Sql
+) -> None:
+    for user in ("alice", "bob"):
+        fill(user, sender, service, client, sql)
+    reply = sender.get("/api/users/alice/export")
+    assert reply.status_code == 200
+    document = reply.json()
+    assert len(document["notifications"]) == 3
+    text = json.dumps(document)
+    for part in ("alice@example.com", "https://p.example/alice", "unsubscribed", "Inside", "b2"):
+        assert part in text, part
+    assert "bob" not in text
+    assert sender.get("/api/users/nobody/export").status_code == 200
+
+
+def test_erasing_removes_every_trace_of_the_user_and_nobody_elses(
+    sender: httpx.Client, service: Running, client: Any, sql: Sql, contents: Callable[[], Json]
+) -> None:
+    fill("bob", sender, service, client, sql)
+    before = contents()
+    fill("alice", sender, service, client, sql)
+    assert sender.delete("/api/users/alice").status_code == 204
+    after = contents()
+    assert "alice" not in json.dumps(after)
+    assert after == before
+    assert sender.delete("/api/users/alice").status_code == 204, "once more is no fault"
+    alice = client(service.url, user_token("alice"))
+    assert alice.get("/api/unread-count").json() == {"unread_count": 0}
+
+
+# ─── Tokens ───
+
+
+def test_a_token_holds_as_long_as_asked_for_at_most_a_day(sender: httpx.Client) -> None:
+    for minutes in (1, 60, 1440):
+        reply = sender.post("/api/users/alice/token", json={"minutes": minutes})
+        assert reply.status_code == 201 and reply.json().keys() == {"token", "expires_at"}
+        claims = jwt.decode(reply.json()["token"], SECRET, ["HS256"])
+        ends = datetime.fromisoformat(reply.json()["expires_at"])
+        assert claims["sub"] == "alice" and abs(claims["exp"] - ends.timestamp()) < 2
+        assert abs((ends - datetime.now(UTC)).total_seconds() - minutes * 60) < 10
+    for minutes in (0, -1, 1441, "60", 1.5, None, True):
+        problem(sender.post("/api/users/alice/token", json={"minutes": minutes}), 400, "minutes")
+
+
+# ─── A subject is settled ───
+
+
+def test_resolving_a_subject_reads_and_archives_it_for_everyone(
+    sender: httpx.Client, post: Post, service: Running, client: Any, sql: Sql
+) -> None:
+    for user in ("alice", "bob"):
+        sender.put(f"/api/users/{user}", json={"email": f"{user}@example.com"})
+        sender.patch(f"/api/users/{user}/preferences", json={"email_enabled": True, "min_severity": "info"})
+        post(user, subject_key="invoice:42", batch_key="b")
+        post(user, subject_key="invoice:43", batch_key="b")
+        post(user)
+    reply = sender.post("/api/resolve", json={"subject_key": "invoice:42"})
+    assert reply.status_code == 200 and reply.json() == {"resolved": 2}
+    for user in ("alice", "bob"):
+        own = client(service.url, user_token(user))
+        listing = own.get("/api/notifications").json()
+        assert [note["subject_key"] for note in listing["notifications"]] == [None, "invoice:43"]
+        assert listing["unread_count"] == 2
+        (settled,) = own.get("/api/notifications?archived=1").json()["notifications"]
+        assert settled["subject_key"] == "invoice:42" and settled["read_at"] and settled["archived_at"]
+        told = own.get(f"/api/notifications/{settled['id']}").json()["deliveries"]
+        assert [(one["status"], one["reason"]) for one in told] == [("suppressed", "already_read")]
+        assert [
+            one["items"] for one in own.get("/api/outbox").json()["outbox"] if one["batch_key"] == "b"
+        ] == [1]
+    assert sender.post("/api/resolve", json={"subjectKey": "invoice:42"}).json() == {"resolved": 0}
+    assert sender.post("/api/resolve", json={"subject_key": "invoice:%"}).json() == {"resolved": 0}
+    problem(sender.post("/api/resolve", json={}), 400, "subject_key")
+    problem(sender.post("/api/resolve", json={"subject_key": ""}), 400, "subject_key")
+
+
+def test_resolving_keeps_the_moment_at_which_one_was_read(
+    sender: httpx.Client, alice: httpx.Client, post: Post
+) -> None:
+    sent = post(subject_key="s")
+    read = alice.patch("/api/notifications", json={"notification_id": sent["id"]}).json()["notification"]
+    assert sender.post("/api/resolve", json={"subject_key": "s"}).json() == {"resolved": 1}
+    after = alice.get(f"/api/notifications/{sent['id']}").json()["notification"]
+    assert after["read_at"] == read["read_at"] and after["archived_at"]
+
+
+# ─── For later ───
+
+
+def test_a_notification_for_later_waits_and_can_be_cancelled(
+    sender: httpx.Client, alice: httpx.Client, sql: Sql
+) -> None:
+    due = soon(hours=2)
+    reply = sender.post("/api/notifications", json=NOTE | {"deliver_at": due})
+    assert reply.status_code == 202 and reply.json().keys() == {"scheduled"}
+    scheduled = reply.json()["scheduled"]
+    assert scheduled.keys() == {"id", "due_at"}
+    assert datetime.fromisoformat(scheduled["due_at"]) == datetime.fromisoformat(due)
+    assert alice.get("/api/unread-count").json() == {"unread_count": 0}
+    assert sql("SELECT count(*) FROM intake") == [(1,)]
+    assert sender.delete(f"/api/scheduled/{scheduled['id']}").status_code == 204
+    assert sql("SELECT count(*) FROM intake") == [(0,)]
+    problem(sender.delete(f"/api/scheduled/{scheduled['id']}"), 404)
+    problem(sender.delete(f"/api/scheduled/{uuid4()}"), 404)
+
+
+def test_a_notification_for_later_is_checked_now(sender: httpx.Client, contents: Callable[[], Json]) -> None:
+    before = contents()
+    for wrong in ("tomorrow", "2030-01-01", "2030-01-01T00:00:00", 5, "", {}):
+        problem(sender.post("/api/notifications", json=NOTE | {"deliver_at": wrong}), 400, "deliver_at")
+    later = {"deliver_at": soon(hours=1)}
+    problem(sender.post("/api/notifications", json=NOTE | later | {"title": ""}), 400, "title")
+    problem(
+        sender.post("/api/notifications", json=NOTE | later | {"data": {"n": float("1e308")}, "x": 1}),
+        400,
+        "x",
+    )
+    bad = json.dumps(NOTE | later)[:-1] + ', "data": {"n": 1e999999}}'
+    problem(sender.post("/api/notifications", content=bad, headers={"Content-Type": "application/json"}), 400)
+    assert contents() == before
+
+
+def test_what_is_due_is_stored_exactly_once(
+    sender: httpx.Client, serve: Callable[..., Running], alice: httpx.Client, sql: Sql
+) -> None:
+    for number in range(20):
+        body = NOTE | {"title": f"{number}", "deliver_at": soon(seconds=0.3), "resource_id": f"{number}"}
+        assert sender.post("/api/notifications", json=body).status_code == 202
+    sql("INSERT INTO intake (payload) VALUES (%s), (%s), (%s)", json.dumps(NOTE | {"title": "written"}),
+        json.dumps(NOTE | {"title": ""}), '{"nonsense": 1}')  # fmt: skip
+    for _ in range(2):  # two workers on one database
+        serve(poll_seconds=0.1)
+    eventually(lambda: sql("SELECT count(*) FROM intake WHERE error IS NULL") == [(0,)])
+    stored = [note["title"] for note in alice.get("/api/notifications?limit=100").json()["notifications"]]
+    assert sorted(stored) == sorted([*(f"{number}" for number in range(20)), "written"])
+    keys = sql("SELECT idempotency_key FROM notifications WHERE title = '7'")
+    assert keys == [("alice:comment.created:7",)]
+    errors = sql("SELECT error FROM intake ORDER BY error")
+    assert len(errors) == 2 and any("title" in error for (error,) in errors)
