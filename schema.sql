@@ -67,7 +67,8 @@ CREATE INDEX IF NOT EXISTS notifications_subject
     -- serves: update_resolved_notifications
 
 CREATE TABLE IF NOT EXISTS notification_preferences (
-    user_id         text NOT NULL CONSTRAINT notification_preferences_pkey PRIMARY KEY,
+    user_id         text NOT NULL CONSTRAINT notification_preferences_pkey PRIMARY KEY
+                    CONSTRAINT preferences_user_id_size CHECK (length(user_id) <= 200),
     email           text,               -- the address; NULL: none
     in_app_enabled  boolean NOT NULL DEFAULT true,
     email_enabled   boolean NOT NULL DEFAULT false,
@@ -122,7 +123,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     channel       text NOT NULL CONSTRAINT outbox_channel_known
                   CHECK (channel IN ('email', 'push', 'webhook')),
     target        uuid NOT NULL,        -- subscription or endpoint; all zeros for e-mail
-    digest        text,                 -- what collects here: key:<batch_key>, overflow, quiet
+    digest        text,                 -- what collects here: key:<batch_key>, overflow, quiet; held:<id>
     critical      boolean NOT NULL DEFAULT false,  -- leaves whatever the hour or the limit
     state         text NOT NULL DEFAULT 'open' CONSTRAINT outbox_state_known CHECK (state IN (
         'open',     -- not yet claimed; a digest still collects
@@ -150,7 +151,10 @@ CREATE UNIQUE INDEX IF NOT EXISTS outbox_window
     -- serves: create_notifications (the open window that an event joins)
 CREATE INDEX IF NOT EXISTS outbox_due
     ON outbox (provider, available_at) WHERE state IN ('open', 'sending', 'pending');
-    -- serves: claim_messages, update_due_digests
+    -- serves: claim_messages
+CREATE INDEX IF NOT EXISTS outbox_digests
+    ON outbox (available_at) WHERE state = 'open' AND digest IS NOT NULL AND token_minute IS NULL;
+    -- serves: update_due_digests
 CREATE INDEX IF NOT EXISTS outbox_suspects ON outbox (available_at) WHERE crashes >= 2;
     -- serves: get_suspect
 CREATE INDEX IF NOT EXISTS outbox_finished
@@ -252,30 +256,29 @@ SELECT id, user_id, event_name, title, body, summary, target_url, severity, data
 FROM notifications;
 
 -- The users who are in their quiet hours now, and until when. A wall-clock time that a clock
--- change skips moves to the next valid minute, one that occurs twice takes the first: of the two
--- readings (offset a day before, offset a day after) the earliest that reads back as wished wins.
+-- change skips moves to the next valid minute, one that occurs twice takes the first: between the two
+-- readings (offset a day before, offset a day after) the earliest instant that has reached it wins.
 CREATE OR REPLACE VIEW quiet_users AS
-SELECT p.user_id, ends.at AS until
+SELECT p.user_id, quiet.ends AS until
 FROM notification_preferences p
 CROSS JOIN LATERAL (VALUES (-1), (0)) AS night (days)
 CROSS JOIN LATERAL (
-    SELECT day + p.quiet_from AS begins,
-           day + p.quiet_to + CASE WHEN p.quiet_to <= p.quiet_from THEN interval '1 day' ELSE interval '0' END AS ends
-    FROM (SELECT (now() AT TIME ZONE p.timezone)::date + night.days AS day) today
-) wall
-CROSS JOIN LATERAL (
-    SELECT (wall.ends - interval '24 hours') AT TIME ZONE p.timezone + interval '24 hours' AS before,
-           (wall.ends + interval '24 hours') AT TIME ZONE p.timezone - interval '24 hours' AS after
-) reading
-CROSS JOIN LATERAL (
-    SELECT min(instant) AS at
-    FROM generate_series(least(reading.before, reading.after), greatest(reading.before, reading.after),
-                         interval '1 minute') AS instant
-    WHERE instant AT TIME ZONE p.timezone >= wall.ends
-) ends
-WHERE p.quiet_from <> p.quiet_to
-  AND now() AT TIME ZONE p.timezone >= wall.begins
-  AND now() < ends.at;
+    SELECT min(instant) FILTER (WHERE edge.name = 'from') AS begins,
+           min(instant) FILTER (WHERE edge.name = 'to') AS ends
+    FROM (VALUES ('from', p.quiet_from, 0), ('to', p.quiet_to, (p.quiet_to <= p.quiet_from)::int))
+             AS edge (name, clock, days)
+    CROSS JOIN LATERAL (
+        SELECT (now() AT TIME ZONE p.timezone)::date + night.days + edge.days + edge.clock AS clock
+    ) wall
+    CROSS JOIN LATERAL (
+        SELECT (wall.clock - interval '24 hours') AT TIME ZONE p.timezone + interval '24 hours' AS before,
+               (wall.clock + interval '24 hours') AT TIME ZONE p.timezone - interval '24 hours' AS after
+    ) reading
+    CROSS JOIN LATERAL generate_series(least(reading.before, reading.after),
+                                       greatest(reading.before, reading.after), interval '1 minute') AS instant
+    WHERE instant AT TIME ZONE p.timezone >= wall.clock
+) quiet
+WHERE p.quiet_from <> p.quiet_to AND quiet.begins <= now() AND now() < quiet.ends;
 
 -- Upgrades: dated statements that bring an older release's tables up to what is written above.
 

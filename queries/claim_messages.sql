@@ -42,82 +42,72 @@ due AS MATERIALIZED (
     ORDER BY d.available_at
     LIMIT %(room)s::int
 ),
--- Where each message would go; no address means its target is gone.
-addressed AS MATERIALIZED (
-    SELECT d.user_id, d.id, p.locale, p.email, p.events, x.reason AS suppressed,
-           coalesce(CASE d.channel WHEN 'email' THEN p.email_enabled AND %(mail)s::boolean
-                                   WHEN 'push' THEN p.push_enabled END, d.channel = 'webhook') AS enabled,
-           CASE d.channel
-                WHEN 'email' THEN jsonb_build_object('email', p.email)
-                WHEN 'push' THEN (SELECT jsonb_build_object('endpoint', s.endpoint, 'p256dh', s.p256dh, 'auth', s.auth)
-                                  FROM push_subscriptions s WHERE s.user_id = d.user_id AND s.id = d.target)
-                ELSE (SELECT jsonb_build_object('url', w.url, 'sealed', jsonb_build_array(
-                                 encode(w.secret, 'base64'),
-                                 CASE WHEN w.old_secret_until > now() THEN encode(w.old_secret, 'base64') END))
-                      FROM webhook_endpoints w WHERE w.id = d.target AND w.disabled_at IS NULL)
-           END AS address,
-           CASE WHEN d.channel <> 'webhook' AND NOT d.critical THEN
-               (SELECT q.until FROM quiet_users q WHERE q.user_id = d.user_id) END AS until
-    FROM due d
-    LEFT JOIN notification_preferences p ON p.user_id = d.user_id
-    LEFT JOIN LATERAL (
-        SELECT max(s.reason) AS reason FROM suppressions s
-        WHERE s.user_id = d.user_id AND s.channel = d.channel
-          AND (s.reason = 'unsubscribed' OR s.hits >= 2 AND s.address = p.email)
-    ) x ON true
-),
-item AS MATERIALIZED (
-    SELECT v.user_id, v.message_id, v.notification_id, v.target, d.channel, n.event_name, n.severity, n.created_at,
-           CASE WHEN NOT n.private THEN left(coalesce(n.summary, n.title), 200) END AS text,
-           CASE WHEN n.read_at IS NOT NULL OR n.archived_at IS NOT NULL THEN 'already_read'
-                WHEN a.suppressed = 'unsubscribed' THEN 'unsubscribed'
-                WHEN NOT a.enabled OR NOT coalesce(switch.enabled, true) THEN 'preference_off'
-                WHEN d.channel = 'email' AND (a.email IS NULL OR a.suppressed = 'bounced') THEN 'no_address'
-           END AS reason
-    FROM due d
-    JOIN addressed a ON a.user_id = d.user_id AND a.id = d.id
-    JOIN deliveries v ON v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
-    JOIN notifications n ON n.user_id = v.user_id AND n.id = v.notification_id
-    LEFT JOIN LATERAL (
-        SELECT (e.channels ->> d.channel)::boolean AS enabled
-        FROM jsonb_each(a.events) AS e (pattern, channels)
-        WHERE a.events <> '{}' AND e.channels ? d.channel
-          AND (e.pattern IN (n.event_name, '*')
-               OR e.pattern LIKE '%%.*' AND starts_with(n.event_name, left(e.pattern, -1)))
-        ORDER BY e.pattern = n.event_name DESC, length(e.pattern) DESC LIMIT 1
-    ) switch ON true
-),
--- What each message still has to say: the most severe first, then the newest.
-content AS MATERIALIZED (
-    SELECT i.user_id, i.message_id, count(*) AS total, max(i.event_name) AS event_name,
-           max(i.notification_id::text)::uuid AS newest_id,
-           json_agg(json_build_object('id', i.notification_id, 'text', i.text, 'event_name', i.event_name,
-                                      'severity', i.severity, 'created_at', i.created_at) ORDER BY i.place)
-               FILTER (WHERE i.place <= 10) AS lines
-    FROM (
-        SELECT *, row_number() OVER (
-            PARTITION BY user_id, message_id
-            ORDER BY array_position('{info,success,warning,critical}', severity) DESC, notification_id DESC) AS place
-        FROM item WHERE reason IS NULL
-    ) i
-    GROUP BY i.user_id, i.message_id
-),
-verdict AS MATERIALIZED (
-    SELECT d.*, a.until, a.address, a.locale, c.total, c.event_name, c.newest_id, c.lines,
-           CASE WHEN c.total IS NULL THEN 'void'
+-- Each message with its address (none: its target is gone) and with what it still has to say: the most
+-- severe first, then the newest. One pass a message, by its keys: no two lists are ever joined.
+looked AS MATERIALIZED (
+    SELECT d.*, p.locale, a.address, a.until, c.total, c.event_name, c.newest_id, c.lines, c.dropped, c.reasons,
+           CASE WHEN c.total = 0 THEN 'void'
                 WHEN d.crashes >= 10 OR a.address IS NULL THEN 'failed'
                 WHEN a.until IS NOT NULL THEN 'held'
                 ELSE 'sending' END AS verdict,
            CASE WHEN d.crashes >= 10 THEN 'it ended its worker ten times'
                 WHEN a.address IS NULL THEN 'its endpoint or subscription is gone' END AS error
     FROM due d
-    JOIN addressed a ON a.user_id = d.user_id AND a.id = d.id
-    LEFT JOIN content c ON c.user_id = d.user_id AND c.message_id = d.id
+    LEFT JOIN notification_preferences p ON p.user_id = d.user_id
+    CROSS JOIN LATERAL (
+        SELECT CASE d.channel
+                    WHEN 'email' THEN jsonb_build_object('email', p.email)
+                    WHEN 'push' THEN (SELECT jsonb_build_object('endpoint', s.endpoint, 'p256dh', s.p256dh, 'auth', s.auth)
+                                      FROM push_subscriptions s WHERE s.user_id = d.user_id AND s.id = d.target)
+                    ELSE (SELECT jsonb_build_object('url', w.url, 'sealed', jsonb_build_array(
+                                     encode(w.secret, 'base64'),
+                                     CASE WHEN w.old_secret_until > now() THEN encode(w.old_secret, 'base64') END))
+                          FROM webhook_endpoints w WHERE w.id = d.target AND w.disabled_at IS NULL)
+               END AS address,
+               CASE WHEN p.quiet_from <> p.quiet_to AND d.channel <> 'webhook' AND NOT d.critical THEN
+                   (SELECT q.until FROM quiet_users q WHERE q.user_id = d.user_id) END AS until,
+               coalesce(CASE d.channel WHEN 'email' THEN p.email_enabled AND %(mail)s::boolean
+                                       WHEN 'push' THEN p.push_enabled END, d.channel = 'webhook') AS enabled,
+               (SELECT max(s.reason) FROM suppressions s
+                WHERE s.user_id = d.user_id AND s.channel = d.channel
+                  AND (s.reason = 'unsubscribed' OR s.hits >= 2 AND s.address = p.email)) AS suppressed
+    ) a
+    CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE i.reason IS NULL) AS total,
+               max(i.event_name) FILTER (WHERE i.reason IS NULL) AS event_name,
+               max(i.id::text) FILTER (WHERE i.reason IS NULL) AS newest_id,
+               (array_agg(json_build_object('id', i.id, 'text', i.text, 'event_name', i.event_name,
+                                            'severity', i.severity, 'created_at', i.created_at)
+                          ORDER BY array_position('{info,success,warning,critical}', i.severity) DESC, i.id DESC)
+                FILTER (WHERE i.reason IS NULL))[1:10] AS lines,
+               array_agg(i.id) FILTER (WHERE i.reason IS NOT NULL) AS dropped,
+               array_agg(i.reason) FILTER (WHERE i.reason IS NOT NULL) AS reasons
+        FROM (
+            SELECT n.id, n.event_name, n.severity, n.created_at,
+                   CASE WHEN NOT n.private THEN left(coalesce(n.summary, n.title), 200) END AS text,
+                   CASE WHEN n.read_at IS NOT NULL OR n.archived_at IS NOT NULL THEN 'already_read'
+                        WHEN a.suppressed = 'unsubscribed' THEN 'unsubscribed'
+                        WHEN NOT a.enabled THEN 'preference_off'
+                        WHEN p.events <> '{}' AND NOT coalesce((
+                            SELECT (e.channels ->> d.channel)::boolean
+                            FROM jsonb_each(p.events) AS e (pattern, channels)
+                            WHERE e.channels ? d.channel
+                              AND (e.pattern IN (n.event_name, '*')
+                                   OR e.pattern LIKE '%%.*' AND starts_with(n.event_name, left(e.pattern, -1)))
+                            ORDER BY e.pattern = n.event_name DESC, length(e.pattern) DESC LIMIT 1
+                        ), true) THEN 'preference_off'
+                        WHEN d.channel = 'email' AND (p.email IS NULL OR a.suppressed = 'bounced') THEN 'no_address'
+                   END AS reason
+            FROM deliveries v
+            JOIN notifications n ON n.user_id = v.user_id AND n.id = v.notification_id
+            WHERE v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
+        ) i
+    ) c
 ),
 -- Of a paused provider's messages one is sent; what needs no sending is settled all the same.
 decided AS MATERIALIZED (
     SELECT v.* FROM (
-        SELECT *, row_number() OVER (PARTITION BY provider, verdict ORDER BY available_at) AS place FROM verdict
+        SELECT *, row_number() OVER (PARTITION BY provider, verdict ORDER BY available_at) AS place FROM looked
     ) v
     WHERE NOT (v.probes AND v.verdict = 'sending' AND v.place > 1)
 ),
@@ -142,21 +132,24 @@ claimed AS (
         finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
     FROM decided d
     WHERE o.user_id = d.user_id AND o.id = d.id
-    RETURNING o.user_id, o.id, o.claim_seq
+    RETURNING d.verdict, json_build_object(
+        'user_id', o.user_id, 'id', o.id, 'claim_seq', o.claim_seq, 'channel', d.channel, 'provider', d.provider,
+        'locale', coalesce(d.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at,
+        'address', d.address, 'total', d.total, 'newest_id', d.newest_id,
+        'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
+        'lines', d.lines, 'folded', d.digest IS NOT NULL) AS message
 ),
-settled AS (
+suppressed AS (
     UPDATE deliveries v
-    SET status = CASE WHEN i.reason IS NULL THEN 'failed' ELSE 'suppressed' END,
-        reason = i.reason, last_error = CASE WHEN i.reason IS NULL THEN d.error END
-    FROM item i JOIN decided d ON d.user_id = i.user_id AND d.id = i.message_id
-    WHERE v.user_id = i.user_id AND v.notification_id = i.notification_id AND v.channel = i.channel
-      AND v.target = i.target AND (i.reason IS NOT NULL OR d.verdict = 'failed')
+    SET status = 'suppressed', reason = x.reason
+    FROM decided d CROSS JOIN LATERAL unnest(d.dropped, d.reasons) AS x (id, reason)
+    WHERE v.user_id = d.user_id AND v.notification_id = x.id AND v.channel = d.channel AND v.target = d.target
+),
+given_up AS (
+    UPDATE deliveries v
+    SET status = 'failed', last_error = d.error
+    FROM decided d
+    WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
+      AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
-SELECT json_build_object(
-    'user_id', c.user_id, 'id', c.id, 'claim_seq', c.claim_seq, 'channel', d.channel, 'provider', d.provider,
-    'locale', coalesce(d.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at, 'address', d.address,
-    'total', d.total, 'newest_id', d.newest_id, 'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
-    'lines', d.lines, 'folded', d.digest IS NOT NULL) AS message
-FROM claimed c
-JOIN decided d ON d.user_id = c.user_id AND d.id = c.id
-WHERE d.verdict = 'sending'
+SELECT message FROM claimed WHERE verdict = 'sending'

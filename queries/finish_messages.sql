@@ -8,11 +8,13 @@ WITH result AS MATERIALIZED (
 mine AS MATERIALIZED (
     SELECT o.user_id, o.id, o.channel, o.target, o.provider, o.attempts, o.faults,
            r.email, r.verdict, r.error, r.retry_after
-    FROM outbox o
-    JOIN result r ON r.user_id = o.user_id AND r.id = o.id
-    WHERE o.claim_seq = r.claim_seq AND o.state = 'sending'
-    ORDER BY o.user_id, o.id
-    FOR UPDATE OF o
+    FROM (SELECT s.user_id, s.id, s.claim_seq, s.email, s.verdict, s.error, s.retry_after FROM result s ORDER BY user_id, id) r
+    CROSS JOIN LATERAL (
+        SELECT m.user_id, m.id, m.channel, m.target, m.provider, m.attempts, m.faults
+        FROM outbox m
+        WHERE m.user_id = r.user_id AND m.id = r.id AND m.claim_seq = r.claim_seq AND m.state = 'sending'
+        FOR UPDATE
+    ) o
 ),
 -- Ten faults of a provider in a row pause it; anything else it does ends the row.
 recovered AS (

@@ -1,53 +1,44 @@
 -- Merges a JSON patch into a user's choices and contact: absent keeps, null empties; in events,
 -- null removes a pattern or a channel of it. The user's own wish for e-mail ends an unsubscription.
-WITH current AS (
-    SELECT to_jsonb(c) AS choices FROM notification_preferences c
-    WHERE c.user_id = %(user_id)s::text
-    FOR UPDATE
+WITH wanted_again AS (
+    DELETE FROM suppressions
+    WHERE user_id = %(user_id)s::text AND channel = 'email' AND reason = 'unsubscribed'
+      AND %(by_user)s::boolean AND %(patch)s::jsonb -> 'email_enabled' = 'true'
 ),
-base AS (
-    SELECT choices FROM current
-    UNION ALL
-    SELECT to_jsonb(d) FROM default_preferences d
-    LIMIT 1
-),
-patched AS (
-    SELECT base.choices || %(patch)s::jsonb || jsonb_build_object(
-        'user_id', %(user_id)s::text,
-        'events', (
-            SELECT coalesce(jsonb_object_agg(pattern, channels) FILTER (WHERE channels <> '{}'), '{}')
+-- Merged in the update itself, so into the first row that another request has just added as well.
+saved AS (
+    INSERT INTO notification_preferences AS p (
+        user_id, email, in_app_enabled, email_enabled, push_enabled, digest_minutes, min_severity,
+        quiet_from, quiet_to, timezone, locale, events)
+    SELECT %(user_id)s::text, r.email, r.in_app_enabled, r.email_enabled, r.push_enabled, r.digest_minutes,
+           r.min_severity, r.quiet_from, r.quiet_to, r.timezone, r.locale, wish.events
+    FROM default_preferences d
+    CROSS JOIN LATERAL jsonb_populate_record(d, %(patch)s::jsonb) r
+    CROSS JOIN (
+        SELECT coalesce(jsonb_object_agg(pattern, channels), '{}') AS events
+        FROM jsonb_each(jsonb_strip_nulls(%(patch)s::jsonb -> 'events')) AS wish (pattern, channels)
+        WHERE channels <> '{}'
+    ) wish
+    ON CONFLICT (user_id) DO UPDATE
+    SET (email, in_app_enabled, email_enabled, push_enabled, digest_minutes, min_severity,
+         quiet_from, quiet_to, timezone, locale, events) = (
+        SELECT r.email, r.in_app_enabled, r.email_enabled, r.push_enabled, r.digest_minutes,
+               r.min_severity, r.quiet_from, r.quiet_to, r.timezone, r.locale, merged.events
+        FROM jsonb_populate_record(p, %(patch)s::jsonb) r
+        CROSS JOIN (
+            SELECT coalesce(jsonb_object_agg(pattern, channels) FILTER (WHERE channels <> '{}'), '{}') AS events
             FROM (
                 SELECT pattern,
                        CASE WHEN wish.channels IS NULL THEN old.channels
                             WHEN wish.channels <> 'null'
                             THEN jsonb_strip_nulls(coalesce(old.channels, '{}') || wish.channels)
                        END AS channels
-                FROM jsonb_each(base.choices -> 'events') AS old (pattern, channels)
+                FROM jsonb_each(p.events) AS old (pattern, channels)
                 FULL JOIN jsonb_each(coalesce(%(patch)s::jsonb -> 'events', '{}'))
                     AS wish (pattern, channels) USING (pattern)
-            ) merged
-        )) AS choices
-    FROM base
-),
-wanted_again AS (
-    DELETE FROM suppressions
-    WHERE user_id = %(user_id)s::text AND channel = 'email' AND reason = 'unsubscribed'
-      AND %(by_user)s::boolean AND %(patch)s::jsonb -> 'email_enabled' = 'true'
-),
-saved AS (
-    INSERT INTO notification_preferences AS p (
-        user_id, email, in_app_enabled, email_enabled, push_enabled, digest_minutes, min_severity,
-        quiet_from, quiet_to, timezone, locale, events)
-    SELECT r.user_id, r.email, r.in_app_enabled, r.email_enabled, r.push_enabled, r.digest_minutes,
-           r.min_severity, r.quiet_from, r.quiet_to, r.timezone, r.locale, r.events
-    FROM patched
-    CROSS JOIN LATERAL jsonb_populate_record(NULL::notification_preferences, patched.choices) r
-    ON CONFLICT (user_id) DO UPDATE
-    SET email = EXCLUDED.email, in_app_enabled = EXCLUDED.in_app_enabled,
-        email_enabled = EXCLUDED.email_enabled, push_enabled = EXCLUDED.push_enabled,
-        digest_minutes = EXCLUDED.digest_minutes, min_severity = EXCLUDED.min_severity,
-        quiet_from = EXCLUDED.quiet_from, quiet_to = EXCLUDED.quiet_to,
-        timezone = EXCLUDED.timezone, locale = EXCLUDED.locale, events = EXCLUDED.events
+            ) each_pattern
+        ) merged
+    )
     RETURNING p.user_id, p.email, p.in_app_enabled, p.email_enabled, p.push_enabled, p.digest_minutes,
               p.min_severity, p.quiet_from, p.quiet_to, p.timezone, p.locale, p.events
 )

@@ -115,6 +115,16 @@ class Running:
         """Run a coroutine in the service's loop and give its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(DEADLINE)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is claimed meanwhile."""
+        claiming = self.service.worker.claiming
+        self.call(claiming.acquire())
+        try:
+            yield
+        finally:
+            self.loop.call_soon_threadsafe(claiming.release)
+
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(DEADLINE)
@@ -248,6 +258,20 @@ def post(api: httpx.Client) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def reach(api: httpx.Client) -> Callable[..., None]:
+    """Say how a user is reached: contact and preferences, as the API names them."""
+
+    def set_up(user_id: str = "alice", **choices: Any) -> None:
+        contact = {name: choices.pop(name) for name in ("email", "timezone", "locale") if name in choices}
+        if contact:
+            assert api.put(f"/api/users/{user_id}", json=contact).status_code == 200
+        reply = api.patch(f"/api/users/{user_id}/preferences", json=choices)
+        assert reply.status_code == 200, reply.text
+
+    return set_up
+
+
+@pytest.fixture
 def sign_in(service: Running) -> Callable[..., str]:
     """The value of a session cookie for a user."""
 
@@ -269,6 +293,12 @@ def contents(sql: Callable[..., Any]) -> Callable[[], dict[str, list[str]]]:
         return {table: [text for (text,) in found] for table, found in rows.items()}
 
     return look
+
+
+def browser(endpoint: str) -> dict[str, Any]:
+    """A browser's push subscription; the keys are those of RFC 8291's example."""
+    p256dh = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4"
+    return {"endpoint": endpoint, "keys": {"p256dh": p256dh, "auth": "BTBZMqHH6r4Tts7J_aSIgg"}}
 
 
 def problem(reply: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:

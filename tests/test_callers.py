@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import jwt
 import pytest
-from conftest import SECRET, Running, eventually, problem, user_token
+from conftest import SECRET, Running, browser, eventually, problem, user_token
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -399,10 +399,7 @@ def bobs_things(sql: Callable[..., Any], api: httpx.Client, bob: httpx.Client) -
     """Ids of everything that is Bob's: notifications, messages, a browser, something scheduled."""
     api.put("/api/users/bob", json={"email": "bob@example.com"})
     bob.patch("/api/preferences", json={"email_enabled": True, "min_severity": "info"})
-    bob.post(
-        "/api/push/subscriptions",
-        json={"endpoint": "https://push.example/b", "keys": {"p256dh": "x", "auth": "y"}},
-    )
+    bob.post("/api/push/subscriptions", json=browser("https://push.example/b"))
     for number in range(3):
         body = {"user_id": "bob", "batch_key": f"b{number}", **NOTE}
         assert api.post("/api/notifications", json=body).status_code == 201

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from conftest import Running, problem
+from conftest import Running, browser, problem
 
 Json = dict[str, Any]
 Client = Callable[..., httpx.Client]
@@ -31,7 +31,6 @@ FIELDS = [
     "idempotency_key", "batch_key", "subject_key", "read_at", "archived_at", "created_at", "updated_at",
     "inserted",
 ]  # fmt: skip
-P256DH = "BEl62iUYgUivxIkv69yViEuiBIa-Ib9-SkvMeAtA3LFgDzkrxZJjSgSnfckjBJuBkr3qBUYIHBQFLXYp5Nksh8U"
 
 
 @pytest.fixture
@@ -399,8 +398,7 @@ def test_each_browser_is_a_push_target_of_its_own(
 ) -> None:
     prefer(push_enabled=True)
     for number in range(3):
-        keys = {"p256dh": P256DH, "auth": "UUxI4O8-FbRouAevSmBQ6o"}
-        body = {"endpoint": f"https://push.example.com/{number}", "keys": keys}
+        body = browser(f"https://push.example.com/{number}")
         assert alice.post("/api/push/subscriptions", json=body).status_code == 201
     pushes = told(severity="warning", batch_key="never collects a push")
     assert [(one["channel"], one["status"]) for one in pushes] == [("push", "queued")] * 3

@@ -236,7 +236,7 @@ def test_kill_9_leaves_no_postgres_and_loses_no_acknowledged_row(
         service = start_service(home, "write")
         acknowledged = [int(read_line(service)) for _ in range(200)]
         service.kill()
-        assert eventually(lambda: not processes_below(home), seconds=5)
+        assert eventually(lambda: not processes_below(home), seconds=10)
         with embedded_postgres(home) as conninfo:
             assert value(conninfo, f"SELECT count(*) FROM kept WHERE id = ANY(ARRAY{acknowledged})") == 200
 

@@ -1,4 +1,4 @@
-"""What programs do for users: contact, export, erase, tokens, resolving a subject, notifications for later."""
+"""What programs do for users: contact, export, erase, tokens, settling a subject, notifications for later."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from uuid import uuid4
 import httpx
 import jwt
 import pytest
-from conftest import SECRET, Running, eventually, problem, user_token
+from conftest import SECRET, Running, browser, eventually, problem, user_token
 
 Json = dict[str, Any]
 Post = Callable[..., Json]
@@ -81,10 +81,7 @@ def fill(user: str, sender: httpx.Client, service: Running, client: Any, sql: Sq
     sender.put(f"/api/users/{user}", json={"email": f"{user}@example.com"})
     sender.patch(f"/api/users/{user}/preferences", json={"email_enabled": True, "min_severity": "info"})
     own = client(service.url, user_token(user))
-    own.post(
-        "/api/push/subscriptions",
-        json={"endpoint": f"https://p.example/{user}", "keys": {"p256dh": "x", "auth": "y"}},
-    )
+    own.post("/api/push/subscriptions", json=browser(f"https://p.example/{user}"))
     for number in range(3):
         assert (
             sender.post(

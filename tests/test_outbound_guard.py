@@ -1,6 +1,7 @@
 """Webhooks, and the guard of everything that is posted: signed, bounded, and nowhere inside."""
 
 import asyncio
+import base64
 import ipaddress
 import socket
 import time
@@ -34,7 +35,9 @@ NEW = "whsec_" + "C2FVsBQIhrscChlQIMV+b5sSYspob7oDazfgkQ=="
 
 
 def hook(url: str, *lines: app.Line, secrets: list[str] | None = None, **changes: Any) -> app.Outgoing:
-    return outgoing("webhook", {"url": url, "secrets": secrets or [NEW]}, *lines, **changes)
+    keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets or [NEW]]
+    sealed = [base64.b64encode(app.seal(outbound_settings(Path()).secret, key)).decode() for key in keys]
+    return outgoing("webhook", {"url": url, "sealed": [*sealed, None]}, *lines, **changes)
 
 
 # ─── The address that is connected to ───

@@ -243,7 +243,7 @@ def ownerless_tables(name: str, text: str) -> set[tuple[str, str]]:
     found = set[tuple[str, str]]()
     for statement in statements(text):
         target = re.search(r"\bINSERT INTO (\w+)(?: AS \w+)? \( ?(\w+)", statement)
-        for table in re.findall(r"\b(?:FROM|JOIN|UPDATE|USING|INTO|FROM \w+ \w+,) (\w+)", statement):
+        for table in re.findall(r"(?:\b(?:FROM|JOIN|UPDATE|USING|INTO)|, (?=\w+ \w+\b)) ?(\w+)", statement):
             if table not in USER_TABLES or f"DO UPDATE {table}" in statement:
                 continue
             if target and target[1] == table:
@@ -379,6 +379,7 @@ BAD_QUERIES = [
     (ownerless, "get_x", FINE.replace("n.user_id = %(user_id)s::text", "id = %(id)s::uuid")),
     (ownerless, "get_x", FINE + " AND EXISTS (SELECT FROM deliveries d WHERE d.status = 'sent')"),
     (ownerless, "get_x", FINE + " UNION ALL SELECT id FROM outbox"),
+    (ownerless, "get_x", FINE + " AND EXISTS (SELECT FROM notifications n, outbox o WHERE n.id = o.id)"),
     (ownerless, "get_x", "-- Joins.\nSELECT o.id FROM outbox o JOIN deliveries d ON d.message_id = o.id"),
     (ownerless, "delete_x", "-- Deletes.\nDELETE FROM outbox WHERE id = %(id)s::uuid -- user_id = 1"),
     (ownerless, "update_x", "-- Updates.\nUPDATE outbox SET user_id = '' WHERE id = %(id)s::uuid"),

@@ -1,0 +1,244 @@
+"""Rate limits: the inbox takes everything, the outside a few a minute; what is too much is folded, never dropped."""
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from conftest import Running, app
+from peers import Hookbox, Mailbox, Pushbox
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+Post = Callable[..., dict[str, Any]]
+NEXT_MINUTE = [
+    "UPDATE rate_limits SET minute = minute - interval '1 minute'",
+    "UPDATE outbox SET available_at = available_at - interval '1 minute', token_minute = token_minute - interval '1 minute'"
+    " WHERE state = 'open'",
+]
+
+
+@pytest.fixture
+def service(delivering: Callable[..., Running]) -> Running:
+    return delivering(email_per_minute=5, push_per_minute=3, webhook_per_minute=4)
+
+
+@pytest.fixture
+def turn_the_minute(sql: Sql, drain: Callable[[], None]) -> Callable[[], None]:
+    """What was said of the next minute is now said of this one."""
+
+    def turn() -> None:
+        for statement in NEXT_MINUTE:
+            sql(statement)
+        drain()
+
+    return turn
+
+
+@pytest.fixture
+def burst(api: httpx.Client) -> Callable[..., list[str]]:
+    """Many notifications in one moment; gives their ids."""
+
+    def send(count: int, severity: str = "warning", user_id: str = "alice", **fields: Any) -> list[str]:
+        usual = {"user_id": user_id, "event_name": "disk.full", "body": "", "severity": severity} | fields
+        items = [usual | {"title": f"{severity} {number:03}"} for number in range(count)]
+        reply = api.post("/api/notifications/batch", json={"notifications": items})
+        assert reply.status_code == 201, reply.text
+        return [result["id"] for result in reply.json()["results"]]
+
+    return send
+
+
+@pytest.fixture
+def mail_to_alice(reach: Callable[..., None]) -> None:
+    reach("alice", email="alice@example.org", email_enabled=True)
+
+
+def mailed(sql: Sql) -> Counter[str]:
+    """How often each notification was in a message that was sent."""
+    rows = sql("SELECT d.notification_id FROM deliveries d JOIN outbox o ON o.id = d.message_id"
+               " WHERE d.status = 'sent' AND o.state = 'sent'")  # fmt: skip
+    return Counter(str(id) for (id,) in rows)
+
+
+def test_of_100_warnings_in_a_minute_5_leave_alone_and_95_in_one_digest(
+    mail_to_alice: None, burst: Any, post: Post, alice: httpx.Client, mailbox: Mailbox, sql: Sql,
+    drain: Callable[[], None], turn_the_minute: Callable[[], None],
+) -> None:  # fmt: skip
+    ids = burst(100)
+    assert alice.get("/api/unread-count").json() == {"unread_count": 100}
+    drain()
+    assert sorted(letter.subject for letter in mailbox.messages) == [f"warning {n:03}" for n in range(5)]
+    fire = post(title="Fire", severity="critical")
+    drain()
+    assert mailbox.messages[5].subject == "Fire" and fire["id"] in mailbox.messages[5].text
+    [(digest,)] = sql("SELECT extract(second FROM available_at) FROM outbox WHERE state = 'open'")
+    assert digest == 0, "it leaves when the next minute begins"
+    turn_the_minute()
+    assert [letter.subject for letter in mailbox.messages[6:]] == ["95 notifications"]
+    assert "and 85 more" in mailbox.messages[6].text
+    assert mailed(sql) == Counter([*ids, fire["id"]])
+
+
+def test_posts_by_many_at_once_get_no_more_than_the_limit(
+    mail_to_alice: None, database: str, sql: Sql, drain: Callable[[], None], mailbox: Mailbox, service: Running
+) -> None:
+    limits, meeting = '{"email": 5}', threading.Barrier(4)
+
+    def write() -> None:
+        with psycopg.connect(database, autocommit=True) as connection:
+            meeting.wait(10)
+            for number in range(10):
+                asked = app.NotificationCreate(event_name="e", title=str(number), body="", severity="warning")
+                parameters = {"items": app.encode([app.make_item("alice", asked)]), "limits": limits}
+                connection.execute(
+                    app.QUERIES["create_notifications"].text, parameters | {"no_target": app.NO_TARGET}
+                )
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = sql("SELECT count(*) FROM outbox WHERE digest IS NULL GROUP BY token_minute ORDER BY 1")
+    assert max(alone) == (5,)
+    assert sql("SELECT count(*) FROM deliveries WHERE message_id IS NULL") == [(0,)]
+    assert sql("SELECT count(*) FROM deliveries") == [(40,)]
+
+
+def test_an_overflow_digest_costs_a_message_of_the_minute_it_leaves_in(
+    mail_to_alice: None, burst: Any, mailbox: Mailbox, turn_the_minute: Any, sql: Sql, drain: Callable[[], None]
+) -> None:
+    first = burst(8)
+    drain()
+    turn_the_minute()
+    assert [letter.subject for letter in mailbox.messages[5:]] == ["3 notifications"]
+    second = burst(8)
+    drain()
+    assert len(mailbox.messages[6:]) == 4, "the digest was the first of five"
+    turn_the_minute()
+    assert [letter.subject for letter in mailbox.messages[10:]] == ["4 notifications"]
+    assert mailed(sql) == Counter(first + second)
+
+
+def test_a_batch_digest_over_the_limit_leaves_with_the_overflow(
+    mail_to_alice: None, burst: Any, mailbox: Mailbox, turn_the_minute: Any, sql: Sql, drain: Callable[[], None]
+) -> None:
+    ids = burst(3, batch_key="a") + burst(3, batch_key="b") + burst(5)
+    sql("UPDATE outbox SET available_at = now() WHERE digest LIKE 'key:%'")
+    drain()
+    assert len(mailbox.messages) == 5
+    ids += burst(1)
+    assert sql("SELECT digest FROM outbox WHERE state = 'open'") == [("overflow",)]
+    turn_the_minute()
+    assert [letter.subject for letter in mailbox.messages[5:]] == ["7 notifications"]
+    assert mailed(sql) == Counter(ids)
+
+
+def test_a_batch_digest_within_the_limit_costs_one_message(
+    mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+) -> None:
+    burst(9, batch_key="a")
+    burst(9, batch_key="b")
+    sql("UPDATE outbox SET available_at = now() WHERE digest LIKE 'key:%'")
+    drain()
+    burst(5)
+    drain()
+    subjects = sorted(letter.subject for letter in mailbox.messages)
+    assert subjects == ["9 notifications"] * 2 + ["warning 000", "warning 001", "warning 002"]
+
+
+def test_critical_ones_are_exempt_up_to_30_a_minute_and_fold_beyond(
+    mail_to_alice: None, burst: Any, mailbox: Mailbox, turn_the_minute: Any, sql: Sql, drain: Callable[[], None]
+) -> None:
+    ids = burst(5) + burst(33, "critical")
+    drain()
+    assert len(mailbox.messages) == 35
+    turn_the_minute()
+    assert [letter.subject for letter in mailbox.messages[35:]] == ["3 notifications"]
+    assert mailed(sql) == Counter(ids)
+
+
+def test_a_limit_is_a_users_own(
+    mail_to_alice: None, reach: Callable[..., None], burst: Any, mailbox: Mailbox, drain: Callable[[], None]
+) -> None:
+    reach("bob", email="bob@example.org", email_enabled=True)
+    burst(9)
+    burst(2, user_id="bob")
+    drain()
+    to = Counter(letter.recipients[0] for letter in mailbox.messages)
+    assert to == {"alice@example.org": 5, "bob@example.org": 2}
+
+
+def test_pushes_over_the_limit_fold_into_one_that_replaces_the_last(
+    reach: Callable[..., None], burst: Any, alice: httpx.Client, pushbox: Pushbox, turn_the_minute: Any,
+    drain: Callable[[], None], service: Running, sql: Sql,
+) -> None:  # fmt: skip
+    reach("alice", push_enabled=True)
+    assert alice.post("/api/push/subscriptions", json=pushbox.subscription().to_json()).status_code == 201
+    ids = burst(6)
+    drain()
+    assert sorted(shown["title"] for shown in pushbox.messages) == [f"warning {n:03}" for n in range(3)]
+    turn_the_minute()
+    digest = pushbox.messages[3]
+    assert (digest["title"], digest["id"], digest["url"]) == ("3 notifications", ids[5], f"{service.url}/")
+    ids += burst(6)
+    drain()
+    turn_the_minute()
+    assert pushbox.messages[-1]["title"] == "4 notifications", "one of three was the digest before"
+    assert pushbox.messages[-1]["tag"] == digest["tag"]
+    topics = [hit.headers["Topic"] for hit in pushbox.taken]
+    assert topics[-1] == topics[3] and len(set(topics)) == len(topics) - 1
+    assert mailed(sql) == Counter(ids)
+
+
+def test_webhooks_over_the_limit_wait_one_by_one_for_a_minute_with_room(
+    api: httpx.Client, burst: Any, hookbox: Hookbox, sql: Sql, turn_the_minute: Any, drain: Callable[[], None]
+) -> None:
+    assert api.post("/api/webhooks", json={"url": hookbox.url}).status_code == 201
+    burst(6, user_id="alice")
+    burst(6, user_id="bob")
+    drain()
+    assert len(hookbox.requests) == 4, "the limit is the endpoint's"
+    minutes = sql("SELECT (extract(epoch FROM available_at - date_trunc('minute', now())) / 60)::int, count(*)"
+                  " FROM outbox WHERE state = 'open' GROUP BY 1 ORDER BY 1")  # fmt: skip
+    assert minutes in ([(1, 4), (2, 4)], [(0, 4), (1, 4)]), "the second where the minute has turned"
+    for count in (8, 12):
+        turn_the_minute()
+        assert len(hookbox.requests) == count
+    assert len({hit.json["data"]["id"] for hit in hookbox.requests}) == 12
+
+
+def test_a_critical_webhook_does_not_wait_behind_the_others(
+    api: httpx.Client, burst: Any, hookbox: Hookbox, sql: Sql, drain: Callable[[], None], turn_the_minute: Any
+) -> None:
+    api.post("/api/webhooks", json={"url": hookbox.url})
+    burst(6)
+    burst(32, "critical")
+    drain()
+    severities = Counter(hit.json["data"]["severity"] for hit in hookbox.requests)
+    assert severities == {"warning": 4, "critical": 30}
+    turn_the_minute()
+    assert len(hookbox.requests) == 38
+
+
+def test_no_limit_is_no_limit(delivering: Any, sql: Sql, burst: Any, reach: Any, mailbox: Mailbox, drain: Any) -> None:
+    """A second service without limits writes into the same database; the first one sends."""
+    other = delivering(email_per_minute=0, delivery_concurrency=0)
+    reach("alice", email="alice@example.org", email_enabled=True)
+    asked = app.NotificationCreate(event_name="e", title="t", body="", severity="critical")
+    other.call(other.service.intake.create([app.make_item("alice", asked) for _ in range(40)]))
+    drain()
+    assert len(mailbox.messages) == 40
+
+
+def test_the_answer_tells_when_each_message_leaves(mail_to_alice: None, api: httpx.Client, burst: Any) -> None:
+    burst(5)
+    body = {"user_id": "alice", "event_name": "e", "title": "t", "body": "", "severity": "warning"}
+    told = api.post("/api/notifications", json=body).json()
+    [delivery] = told["deliveries"]
+    assert delivery["status"] == "queued"
+    assert re.search(r":00(\.0+)?(Z|\+00:00)$", delivery["available_at"])

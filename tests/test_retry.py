@@ -1,0 +1,220 @@
+"""Retries: what may work later is tried again, later each time and not all at once; what cannot is dead at once."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from email.utils import formatdate
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from conftest import Running, app, eventually
+from peers import DROP, HANG, Hookbox, Mailbox, Pushbox
+
+Sql = Callable[..., list[tuple[Any, ...]]]
+Post = Callable[..., dict[str, Any]]
+BASE, MOST = 60, 1800
+STATE = "SELECT state, attempts, extract(epoch FROM available_at - now())::float8, last_error FROM outbox"
+
+
+@pytest.fixture
+def service(delivering: Callable[..., Running]) -> Running:
+    return delivering(max_attempts=7, channel_timeout_seconds=1)
+
+
+@pytest.fixture
+def again(sql: Sql, drain: Callable[[], None]) -> Callable[[], None]:
+    """Let the time of all retries come."""
+
+    def age() -> None:
+        sql("UPDATE outbox SET available_at = now() WHERE state = 'pending'")
+        drain()
+
+    return age
+
+
+def test_the_delay_doubles_up_to_its_most_and_the_last_failure_ends_it(
+    api: httpx.Client, post: Post, hookbox: Hookbox, sql: Sql, drain: Callable[[], None], again: Callable[[], None]
+) -> None:
+    api.post("/api/webhooks", json={"url": hookbox.url})
+    hookbox.always("/", 503)
+    post(severity="warning")
+    drain()
+    for failure in range(1, 7):
+        [(state, attempts, delay, error)] = sql(STATE)
+        assert (state, attempts, error) == ("pending", failure, "503")
+        most = min(MOST, BASE * 2**failure)
+        assert most / 2 - 5 < delay <= most
+        again()
+    [(state, attempts, _, error)] = sql(STATE)
+    assert (state, attempts, error) == ("failed", 7, "503")
+    assert sql("SELECT status, last_error FROM deliveries") == [("failed", "503")]
+    assert len(hookbox.requests) == 7
+    assert len({hit.headers["webhook-id"] for hit in hookbox.requests}) == 1
+
+
+def test_5000_that_fail_at_once_come_back_over_the_whole_upper_half(service: Running, sql: Sql) -> None:
+    sql("INSERT INTO outbox (user_id, id, channel, target, state, available_at, claim_seq, provider)"
+        " SELECT 'u' || n, gen_random_uuid(), 'webhook', gen_random_uuid(), 'sending', now() + interval '1 minute', 1,"
+        " 'webhook:x' FROM generate_series(1, 5000) AS n")  # fmt: skip
+    rows = sql("SELECT user_id, id FROM outbox")
+    results = [{"user_id": u, "id": id, "claim_seq": 1, "verdict": "retry", "error": "503"} for u, id in rows]
+    assert len(service.call(service.service.worker.db.many("finish_messages", results=app.encode(results)))) == 5000
+    delays = [delay for (delay,) in sql("SELECT extract(epoch FROM available_at - now())::float8 FROM outbox")]
+    assert 50 < min(delays) < 65 and 110 < max(delays) <= 120
+    seconds = sql("SELECT count(*) FROM outbox GROUP BY date_trunc('second', available_at)")
+    assert max(seconds) < (200,), "83 a second are expected"
+
+
+HOPELESS = [400, 401, 403, 404, 405, 409, 413, 422, 301, 302, 308]
+PASSING = [408, 425, 429, 500, 502, 503, 504, 599]
+
+
+def test_the_answer_decides_how_often_a_webhook_is_tried(
+    api: httpx.Client, post: Post, hookbox: Hookbox, sql: Sql, drain: Callable[[], None], again: Callable[[], None]
+) -> None:
+    """Everything is tried at least three times; what looks hopeless no more than that."""
+    for answer in (*HOPELESS, *PASSING, DROP):
+        hookbox.always(f"/{answer}", answer if answer not in (301, 302, 308) else (answer, {"Location": "/200"}))
+        api.post("/api/webhooks", json={"url": f"{hookbox.url}/{answer}"})
+    post(severity="warning")
+    drain()
+    for _ in range(2):
+        assert sql("SELECT DISTINCT state FROM outbox") == [("pending",)]
+        again()
+    ended = "SELECT w.url FROM outbox o JOIN webhook_endpoints w ON w.id = o.target WHERE o.state = 'failed'"
+    assert {url.rpartition("/")[2] for (url,) in sql(ended)} == {str(code) for code in HOPELESS}
+    for _ in range(4):
+        again()
+    tries = {url.rpartition("/")[2]: n for url, n in sql("SELECT w.url, o.attempts FROM outbox o"
+             " JOIN webhook_endpoints w ON w.id = o.target")}  # fmt: skip
+    assert tries == {str(code): 3 for code in HOPELESS} | {str(code): 7 for code in (*PASSING, DROP)}
+    assert sql("SELECT DISTINCT status FROM deliveries") == [("failed",)]
+    assert not any(hit.path == "/200" for hit in hookbox.requests), "a redirect is not followed"
+    assert sql("SELECT count(*) FROM webhook_endpoints WHERE disabled_at IS NOT NULL") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [("7", 4, 7), ("3600", 3590, 3600), ("9999999", 86_390, 86_400), ("date", 590, 601), ("soon", 55, 120), ("0", -9, 1)],
+)
+def test_retry_after_is_honoured_up_to_a_day(
+    service: Running, api: httpx.Client, post: Post, hookbox: Hookbox, sql: Sql, header: str, least: float, most: float
+) -> None:
+    value = formatdate(time.time() + 600, usegmt=True) if header == "date" else header
+    hookbox.script("/", (429, {"Retry-After": value}))
+    api.post("/api/webhooks", json={"url": hookbox.url})
+    post(severity="warning")
+    [(_, _, delay, _)] = eventually(lambda: [row for row in sql(STATE) if row[1] == 1])
+    assert least < delay <= most
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_push_subscription_that_is_gone_is_deleted_at_once(
+    reach: Any, alice: httpx.Client, post: Post, pushbox: Pushbox, sql: Sql, drain: Callable[[], None], status: int
+) -> None:
+    reach("alice", push_enabled=True)
+    for subscription in (pushbox.subscription(), pushbox.subscription()):
+        alice.post("/api/push/subscriptions", json=subscription.to_json())
+    pushbox.always("/push/1", status)
+    id = post(severity="warning")["id"]
+    drain()
+    assert [row[0] for row in sql("SELECT endpoint FROM push_subscriptions")] == [f"{pushbox.url}/push/2"]
+    ends = "SELECT d.status, o.attempts FROM deliveries d JOIN outbox o ON o.id = message_id WHERE notification_id = %s"
+    assert sorted(sql(ends, id)) == [("failed", 1), ("sent", 0)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "ends_after"), [(413, 1), (400, 3), (403, 3), (401, 3), (429, 7), (500, 7), (503, 7), (DROP, 7)]
+)
+def test_nothing_else_deletes_a_push_subscription(
+    reach: Any, alice: httpx.Client, post: Post, pushbox: Pushbox, sql: Sql, drain: Callable[[], None], again: Any,
+    answer: Any, ends_after: int,
+) -> None:  # fmt: skip
+    reach("alice", push_enabled=True)
+    alice.post("/api/push/subscriptions", json=pushbox.subscription().to_json())
+    pushbox.always("/push/1", answer)
+    post(severity="warning")
+    drain()
+    while sql("SELECT 1 FROM outbox WHERE state = 'pending'"):
+        again()
+    assert sql("SELECT state, attempts FROM outbox") == [("failed", ends_after)]
+    assert len(pushbox.requests) == ends_after
+    assert len({hit.headers["Topic"] for hit in pushbox.requests}) == 1
+    assert sql("SELECT count(*) FROM push_subscriptions") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("place", "answer", "ends_after"),
+    [
+        ("MAIL", "451 4.3.0 later", 7), ("RCPT", "450 4.2.1 later", 7), ("DATA", "452 4.3.1 full", 7),
+        ("DATA", DROP, 7), ("DATA", HANG, 2),
+        ("MAIL", "550 5.7.1 no", 1), ("RCPT", "550 5.1.1 unknown", 1), ("DATA", "554 5.6.0 no", 1),
+    ],
+)  # fmt: skip
+def test_a_mail_is_tried_again_unless_the_server_said_never(
+    reach: Any, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None], again: Any, place: str, answer: Any,
+    ends_after: int,
+) -> None:  # fmt: skip
+    reach("alice", email="alice@example.org", email_enabled=True)
+    mailbox.always(place, answer)
+    post(severity="warning")
+    drain()
+    if answer == HANG:  # takes its time: twice is enough
+        again()
+        assert sql("SELECT state, attempts, last_error FROM outbox") == [("pending", 2, "timed out")]
+        return
+    while sql("SELECT 1 FROM outbox WHERE state = 'pending'"):
+        again()
+    assert sql("SELECT state, attempts FROM outbox") == [("failed", ends_after)]
+    assert sql("SELECT status FROM deliveries") == [("failed",)]
+    assert not mailbox.messages
+
+
+def test_success_after_failures_keeps_their_number_and_the_messages_identity(
+    reach: Any, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None], again: Any, alice: httpx.Client
+) -> None:
+    """The server takes the mail but the word of it is lost: a second copy must be known as the same mail."""
+    reach("alice", email="alice@example.org", email_enabled=True)
+    mailbox.script("DATA", "451 4.3.0 later", "lose")
+    id = post(severity="warning")["id"]
+    drain()
+    again()
+    again()
+    first, second = mailbox.messages
+    assert first.message["Message-ID"] == second.message["Message-ID"]
+    assert first.message["Date"] == second.message["Date"]
+    [delivery] = alice.get(f"/api/notifications/{id}").json()["deliveries"]
+    assert (delivery["status"], delivery["attempts"]) == ("sent", 2)
+    assert delivery["sent_at"] and delivery["last_error"] is None
+
+
+def test_the_providers_words_are_for_admins_only_and_200_characters_at_most(
+    reach: Any, post: Post, mailbox: Mailbox, api: httpx.Client, alice: httpx.Client, sql: Sql, drain: Any
+) -> None:
+    reach("alice", email="alice@example.org", email_enabled=True)
+    mailbox.script("DATA", "554 5.6.0 " + "no " * 100)
+    id = post(severity="warning")["id"]
+    drain()
+    [delivery] = alice.get(f"/api/notifications/{id}").json()["deliveries"]
+    assert delivery["status"] == "failed" and delivery["last_error"] is None
+    [seen] = api.get("/api/deliveries?status=failed").json()["deliveries"]
+    assert seen["last_error"].startswith("554 5.6.0 no no") and len(seen["last_error"]) <= 200
+
+
+def test_a_result_is_written_down_even_when_its_error_holds_what_json_cannot(service: Running, sql: Sql) -> None:
+    """One such text must not hold up the results of all others."""
+    worker, id = service.service.worker, uuid4()
+    sql("INSERT INTO outbox (user_id, id, channel, target, state, available_at, claim_seq, provider)"
+        " VALUES ('u', %s, 'webhook', %s, 'sending', now() + interval '1 minute', 1, 'webhook:x')", id, id)  # fmt: skip
+
+    async def strange(message: app.Outgoing) -> app.Outcome:
+        return app.Outcome("retry", "\x00 \ud800 \x1b[2J end")
+
+    message = app.Outgoing("u", id, 1, "webhook", "webhook:x", "en", 0, app.datetime.now(app.UTC), {}, 1, id, None, [])
+    worker.ways = {"webhook": strange}
+    service.call(worker.deliver(message))
+    eventually(lambda: sql("SELECT 1 FROM outbox WHERE state = 'pending'"))
+    assert sql("SELECT attempts, last_error LIKE '%%end' FROM outbox") == [(1, True)]
+    assert timedelta(seconds=50) < sql("SELECT available_at - now() FROM outbox")[0][0]
