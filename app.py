@@ -6,8 +6,8 @@ Guarantees
 - What leaves the app leaves within the user's limits and without the notification's body.
 
 Contents
-1 Settings · 2 Types · 3 Queries · 4 Errors · 5 Callers · 6 Intake · 9 Live · 10 API · 11 Pages
-12 Operations · 13 Embedded PostgreSQL · 14 Wiring · 15 Command line
+1 Settings · 2 Types · 3 Queries · 4 Errors · 5 Callers · 6 Intake · 7 Channels · 8 Worker · 9 Live
+10 API · 11 Pages · 12 Operations · 13 Embedded PostgreSQL · 14 Wiring · 15 Command line
 """
 
 from __future__ import annotations
@@ -1148,7 +1148,7 @@ def webhook_host(settings: Settings, url: str | UnsetType) -> str | None:
     """The host of an endpoint; plain http is for addresses that are allowed by name."""
     if url and url.lower().startswith("http:") and not settings.outbound_allow:
         raise FieldError("url", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
-    return urlsplit(url).hostname if url else None
+    return urlsplit(url).netloc.lower() if url else None
 
 
 class Outbound:
@@ -2026,17 +2026,17 @@ class Pages:
         """A page in the reader's language."""
         caller, spoken = request.scope.get("user"), request.headers.get("accept-language", "")
         lang = language(f"{values.get('locale', '')},{spoken}")
-        text = self.templates.get_template(name).render(
-            w=WORDS[lang],
-            lang=lang,
-            languages={code: words["page.language"] for code, words in sorted(WORDS.items())},
-            user_id=caller and caller.user_id,
-            is_admin=bool(caller and caller.admin),
-            asset=lambda file: f"/assets/{self.version}/{file}",
-            base_url=self.base_url,
-            path=local_path(request),
-            **values,
-        )
+        told = {
+            "w": WORDS[lang],
+            "lang": lang,
+            "languages": {code: words["page.language"] for code, words in sorted(WORDS.items())},
+            "user_id": caller and caller.user_id,
+            "is_admin": bool(caller and caller.admin),
+            "asset": lambda file: f"/assets/{self.version}/{file}",
+            "base_url": self.base_url,
+            "path": local_path(request),
+        }
+        text = self.templates.get_template(name).render(values | told)
         return Response(text, media_type=MediaType.HTML, headers=PAGE_HEADERS)
 
 
@@ -2086,7 +2086,8 @@ def page(path: str, by: str, template: str, names: str) -> HTTPRouteHandler:
         row: dict[str, Any] = {"push_key": request.bell.outbound.public_key}
         for name in names.split():
             row |= plain(await db.one(name, **request.path_params if name == "get_notification" else {}))
-        return request.bell.pages.show(request, template, listing=row, stats=row, failed=row, **row)
+        shown = {part: row for part, column in PAGE_PARTS.items() if column in row}
+        return request.bell.pages.show(request, template, **row | shown)
 
     unknown = {Problem: show_way_in}
     handler = HTTPRouteHandler(
@@ -2095,6 +2096,8 @@ def page(path: str, by: str, template: str, names: str) -> HTTPRouteHandler:
     return handler(show)
 
 
+# What a template calls a whole row, by a column that tells it.
+PAGE_PARTS = {"listing": "notifications", "failed": "next_cursor", "stats": "per_minute"}
 PAGES = [
     ("/", "user", "inbox.html", "get_preferences list_notifications list_outbox"),
     ("/n/{id:uuid}", "user", "notification.html", "get_preferences get_notification"),

@@ -13,6 +13,7 @@ WITH RECURSIVE provider AS (
 probing AS MATERIALIZED (
     SELECT provider FROM breakers WHERE paused_until <= now() FOR UPDATE SKIP LOCKED
 ),
+-- How many more of each provider's messages this process may take.
 room AS (
     SELECT p.name, q.provider IS NOT NULL AS probes,
            %(share)s::int - coalesce((%(busy)s::jsonb ->> p.name)::int, 0) AS free
@@ -21,6 +22,7 @@ room AS (
     LEFT JOIN probing q ON q.provider = p.name
     WHERE p.name IS NOT NULL AND (b.paused_until IS NULL OR q.provider IS NOT NULL)
 ),
+-- The oldest due ones, locked; an expired lease is due again and counts as a crash.
 due AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.attempts, d.created_at,
            d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, room.probes
@@ -107,10 +109,12 @@ looked AS MATERIALIZED (
 -- Of a paused provider's messages one is sent; what needs no sending is settled all the same.
 decided AS MATERIALIZED (
     SELECT v.* FROM (
-        SELECT *, row_number() OVER (PARTITION BY provider, verdict ORDER BY available_at) AS place FROM looked
+        SELECT looked.*, row_number() OVER (PARTITION BY provider, verdict ORDER BY available_at) AS place
+        FROM looked
     ) v
     WHERE NOT (v.probes AND v.verdict = 'sending' AND v.place > 1)
 ),
+-- The next probe waits half a minute.
 probed AS (
     UPDATE breakers b
     SET paused_until = now() + interval '30 seconds'
@@ -139,12 +143,14 @@ claimed AS (
         'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
         'lines', d.lines, 'folded', d.digest IS NOT NULL) AS message
 ),
+-- What became needless or unwanted since it was created.
 suppressed AS (
     UPDATE deliveries v
     SET status = 'suppressed', reason = x.reason
     FROM decided d CROSS JOIN LATERAL unnest(d.dropped, d.reasons) AS x (id, reason)
     WHERE v.user_id = d.user_id AND v.notification_id = x.id AND v.channel = d.channel AND v.target = d.target
 ),
+-- What nobody can be told any more.
 given_up AS (
     UPDATE deliveries v
     SET status = 'failed', last_error = d.error

@@ -3,7 +3,7 @@
 WITH asked AS (
     SELECT %(user_id)s::text AS user_id, wish ->> 'endpoint' AS endpoint, wish -> 'keys' ->> 'p256dh' AS p256dh,
            wish -> 'keys' ->> 'auth' AS auth,
-           lower(substring(wish ->> 'endpoint' FROM '^[^/]*//([^/:?#]+)')) AS host
+           lower(substring(wish ->> 'endpoint' FROM '^[^/]*//([^/?#]+)')) AS host
     FROM (SELECT %(patch)s::jsonb AS wish) given
 ),
 moved AS (

@@ -455,9 +455,13 @@ def test_what_is_read_in_one_place_is_read_everywhere(
 def test_only_one_tab_of_a_browser_holds_a_stream(device: Devices, post: Post) -> None:
     laptop = device()
     streams: set[Any] = set()
+
+    def ended(one: Any) -> None:
+        streams.discard(one)
+
     laptop.context.on("request", lambda one: one.url.endswith("/api/stream") and streams.add(one))
-    laptop.context.on("requestfailed", lambda one: streams.discard(one))
-    laptop.context.on("requestfinished", lambda one: streams.discard(one))
+    laptop.context.on("requestfailed", ended)
+    laptop.context.on("requestfinished", ended)
     pages = [laptop.open_live() for _ in range(7)]  # one more than a browser's connections to a site
     assert len(streams) == 1
     post(title="For all")
