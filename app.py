@@ -986,9 +986,8 @@ CARD = re.compile(r"4\d{12}(\d{3}){0,2}|(5[1-5]|2[2-7]|35)\d{14}|3[47]\d{13}|3[0
 
 def looks_secret(text: str) -> bool:
     """Whether the text holds a key, a token or a card number and must therefore stay inside."""
-    if "-----BEGIN " in text or (SECRET_HINT.search(text) and SECRET.search(text)):
-        return True
-    return any(map(_holds_card, DIGIT_RUN.findall(text)))
+    token = SECRET_HINT.search(text) and SECRET.search(text)
+    return bool(token or "-----BEGIN " in text or any(map(_holds_card, DIGIT_RUN.findall(text))))
 
 
 def _holds_card(run: str) -> bool:
@@ -1022,6 +1021,17 @@ def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
     return None
 
 
+class MailClient(aiosmtplib.SMTP):
+    """One that hangs up at once: over TLS the loop would wait half a minute for the server's good-bye."""
+
+    def close(self) -> None:
+        """Close, whoever asks for it: us, a failed login, a timeout."""
+        transport: Any = self.transport
+        if transport:
+            transport.abort()
+        super().close()
+
+
 def smtp_arguments(url: str) -> dict[str, Any]:
     """What `aiosmtplib.SMTP` wants to know of smtp[s]://user:pass@host:port?starttls=required|off."""
     parts = urlsplit(url)
@@ -1031,17 +1041,6 @@ def smtp_arguments(url: str) -> dict[str, Any]:
     user, password = (unquote(part or "") or None for part in (parts.username, parts.password))
     server = {"hostname": parts.hostname, "port": parts.port or (465 if secure else 587), "use_tls": secure}
     return server | {"start_tls": not secure and modes[parts.query], "username": user, "password": password}
-
-
-def smtp_outcome(error: Exception, connecting: bool) -> Outcome:
-    """Whose failure it is: the server's, the address's, the message's, or only this moment's."""
-    code, verdict = getattr(error, "code", 0), "retry"
-    if connecting and (not 400 <= code < 500 or isinstance(error, aiosmtplib.SMTPAuthenticationError)):
-        verdict = "fault"
-    elif 500 <= code < 600:
-        verdict = "bounced" if isinstance(error, aiosmtplib.SMTPRecipientRefused) else "dead"
-    words = one_line(str(getattr(error, "message", error)))
-    return Outcome(verdict, f"{code or type(error).__name__} {words}"[:200])
 
 
 def load_vapid(settings: Settings) -> EcKey:
@@ -1155,14 +1154,14 @@ class Outbound:
     """The three ways out, and what they keep between two messages."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.base = settings, settings.base_url
-        self.seconds = float(settings.channel_timeout_seconds)
-        loader = jinja2.FileSystemLoader(HERE / "templates/messages")
-        self.templates = jinja2.Environment(loader=loader, autoescape=jinja2.select_autoescape(["html"]))
-        self.smtp = smtp_arguments(settings.smtp_url) if settings.smtp_url else None
+        self.settings, self.base, self.seconds = settings, settings.base_url, settings.channel_timeout_seconds
+        loader, strict = jinja2.FileSystemLoader(HERE / "templates/messages"), jinja2.StrictUndefined
+        escape = jinja2.select_autoescape()  # .html, not .txt
+        self.templates = jinja2.Environment(loader=loader, autoescape=escape, undefined=strict)
+        self.smtp = smtp_arguments(settings.smtp_url or "smtp://no-mail-server-is-set.invalid")
         self.sender = parseaddr(settings.mail_from or "")[1]
         self.domain = self.sender.rpartition("@")[2]
-        self.idle: dict[aiosmtplib.SMTP, asyncio.TimerHandle] = {}
+        self.idle: dict[MailClient, asyncio.TimerHandle] = {}
         self.vapid = load_vapid(settings)
         self.public_key = base64url_encode(point(self.vapid)).decode()
         self.sessions: dict[str, aiohttp.ClientSession] = {}
@@ -1171,19 +1170,17 @@ class Outbound:
         """One session for each scheme, because the guard of a socket does not see which one it is for."""
         self.tls = ssl.create_default_context()
         timeout, jar = aiohttp.ClientTimeout(connect=self.seconds * 0.4), aiohttp.DummyCookieJar()
-        options = {"headers": HTTP_HEADERS, "auto_decompress": False, "trust_env": False}
+        options: dict[str, Any] = {"headers": HTTP_HEADERS, "auto_decompress": False, "cookie_jar": jar}
         for scheme in ("http", "https"):
             guard = functools.partial(guarded_socket, self.settings.outbound_allow, scheme == "http")
             connector = aiohttp.TCPConnector(socket_factory=guard, limit=0, limit_per_host=8)
-            session = aiohttp.ClientSession(connector=connector, timeout=timeout, cookie_jar=jar, **options)
-            self.sessions[scheme] = session
+            self.sessions[scheme] = aiohttp.ClientSession(connector=connector, timeout=timeout, **options)
 
     async def close(self) -> None:
         for client in list(self.idle):
             self._hang_up(client)
         for session in self.sessions.values():
             await session.close()
-        await asyncio.sleep(0)  # a closed transport is gone only after one more turn of the loop
 
     def _texts(self, message: Outgoing) -> tuple[dict[str, str], list[str], str]:
         """The words of the reader's language, what each line says in it, and what stands for them all."""
@@ -1218,7 +1215,7 @@ class Outbound:
 
     @bounded
     async def send_email(self, message: Outgoing) -> Outcome:
-        """Its connection serves the next mail only when all went well."""
+        """Its connection serves the next mail when all went well; without one, the fault is the server's."""
         address, client = message.address["email"], None
         if not MAIL_ADDRESS.fullmatch(address):
             return Outcome("bounced", "not an e-mail address")
@@ -1231,35 +1228,40 @@ class Outbound:
             self.idle[client] = asyncio.get_running_loop().call_later(MAIL_IDLE, self._hang_up, client)
             return Outcome("sent")
         except MAIL_FAULTS as error:
-            return smtp_outcome(error, connecting=client is None)
+            code, verdict = getattr(error, "code", 0), "retry"
+            login = isinstance(error, aiosmtplib.SMTPAuthenticationError)
+            if not client and (login or not 400 <= code < 500):
+                verdict = "fault"
+            elif 500 <= code < 600:
+                verdict = "bounced" if isinstance(error, aiosmtplib.SMTPRecipientRefused) else "dead"
+            words = one_line(str(getattr(error, "message", error)))
+            return Outcome(verdict, f"{code or type(error).__name__} {words}"[:200])
         except ValueError as error:
             return Outcome("dead", str(error)[:200])
         finally:
             if client and client not in self.idle:
                 client.close()
 
-    async def _connect(self) -> aiosmtplib.SMTP:
+    async def _connect(self) -> MailClient:
         """An idle connection that still answers, or a new one: a stale one shows before anything is sent."""
-        if not self.smtp:
-            raise ConnectionError("no mail server is set")
         wait = self.seconds * 0.4
-        while self.idle:
+        if self.idle:  # one try: a dead server would have every idle connection waited for
             client, timer = self.idle.popitem()
             timer.cancel()
             try:
                 await client.rset(timeout=wait / 2)
                 return client
-            except MAIL_FAULTS:
+            except BaseException as error:
                 client.close()
-        client = aiosmtplib.SMTP(**self.smtp, timeout=wait, tls_context=self.tls, local_hostname=self.domain)
+                if not isinstance(error, MAIL_FAULTS):
+                    raise
+        client = MailClient(**self.smtp, timeout=wait, tls_context=self.tls, local_hostname=self.domain)
         async with asyncio.timeout(wait):
             await client.connect()
         return client
 
-    def _hang_up(self, client: aiosmtplib.SMTP) -> None:
+    def _hang_up(self, client: MailClient) -> None:
         self.idle.pop(client).cancel()
-        if client.transport:  # at once: TLS would wait for a good-bye, and the loop may be about to end
-            client.transport.abort()
         client.close()
 
     @bounded
@@ -2425,7 +2427,10 @@ class Service:
         self.grapevine = Grapevine(settings.database_url, self.db, self.hub)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Intake(self.db, self.after_store)
-        self.outbound = Outbound(settings)
+        try:
+            self.outbound = Outbound(settings)
+        except (ValueError, OSError) as error:
+            raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
         patient = Db(self.pool, self.changed, WORKER_PATIENCE, **self.db.bound)
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
