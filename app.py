@@ -21,6 +21,7 @@ import ctypes
 import difflib
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import importlib.util
@@ -87,6 +88,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from yarl import URL
 
 VERSION = "0.1.0"
@@ -103,7 +105,7 @@ WORDS: dict[str, dict[str, str]] = {
 # Everything comes from the environment, is checked once at the start and never changes afterwards.
 
 Count = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=10**9)]
 MAIL_FROM = r"^([^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>)\Z"
 
 
@@ -122,7 +124,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     secret: str = ""
     demo: bool = False
     admins: list[str] = []
-    cors_origins: list[str] = []
+    cors_origins: list[Annotated[str, Meta(pattern=r"^https?://[^/?#*\s]+\Z")]] = []
     jwt_public_key: str = ""
     jwt_audience: str = ""
     proxy_user_header: str = ""
@@ -140,7 +142,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     smtp_url: Annotated[str, Meta(pattern=r"^smtps?://\S+\Z")] = ""
     mail_from: Annotated[str, Meta(pattern=MAIL_FROM)] = ""
     vapid_subject: Annotated[str, Meta(pattern=r"^(mailto:|https://)\S+\Z")] = ""
-    vapid_private_key: str = ""
+    vapid_private_key: Annotated[str, Meta(pattern=r"^\s*(-----BEGIN[^\0]*|[\w-]{43}=?\s*)\Z")] = ""
     outbound_allow: list[Any] = []  # networks
     retention_days: Count = 90
     pool_size: Annotated[int, Meta(ge=2)] = 10
@@ -302,6 +304,7 @@ WANTED = {  # what a pattern means, by the field it guards
     "smtp_url": "smtp://host:587 or smtps://host:465 is expected",
     "target_url": "must be http(s)://host… or a path that starts with one /",
     "timezone": "must be a time zone such as Europe/Berlin",
+    "vapid_private_key": "a PEM private key or 32 bytes in base64url is expected",
     "vapid_subject": "mailto: or https:// is expected",
 }
 
@@ -730,7 +733,8 @@ def describe(error: BaseException) -> str:
 
 COOKIE = "bellhop_session"
 SESSION_DAYS = 30
-KEY_SECONDS = 1.0  # how long a key that was looked up is believed; a revoked one dies within it
+PROOF_SECONDS = 1.0  # how long a proof that was checked is believed; a revoked key dies within it
+PROOFS = 10_000  # so many are remembered
 
 
 class Caller(Struct, frozen=True):
@@ -738,7 +742,6 @@ class Caller(Struct, frozen=True):
 
     kind: Literal["key", "user", "demo"]
     user_id: str = ""
-    scope: str = ""
     admin: bool = False
     by_cookie: bool = False
 
@@ -751,7 +754,7 @@ class Gatekeeper:
         self.session_key = derive(settings.secret, "session")
         self.link_key = derive(settings.secret, "link")
         self.provider_key = load_public_key(settings.jwt_public_key) if settings.jwt_public_key else None
-        self.keys: dict[bytes, tuple[float, Caller]] = {}
+        self.known: dict[str, tuple[float, Caller]] = {}
 
     async def identify(self, request: Ask) -> Caller:
         """The caller of a request, or 401."""
@@ -760,7 +763,7 @@ class Gatekeeper:
             kind, _, proof = authorization.partition(" ")
             if kind.lower() != "bearer":
                 raise Problem("unauthorized")
-            return await self.by_key(proof) if proof.startswith("bh_") else self.by_token(proof)
+            return await self.by_proof(proof)
         if self.settings.demo and (demo := headers.get("x-demo-user-id")):
             return Caller("demo", user_name(demo.encode("latin-1")))
         if user := self.proxied_user(request):
@@ -770,23 +773,23 @@ class Gatekeeper:
             return self.by_session(cookie)
         raise Problem("unauthorized")
 
-    async def by_key(self, key: str) -> Caller:
-        """The program behind an API key; one look a second is enough for a busy one."""
-        digest, now = hashlib.sha256(key.encode()).digest(), time.monotonic()
-        known = self.keys.get(digest)
+    async def by_proof(self, proof: str) -> Caller:
+        """The caller behind a key or a token; one look a second is enough for a busy one."""
+        now = time.monotonic()
+        known = self.known.get(proof)
         if known and known[0] > now:
             return known[1]
-        scope = await self.db.maybe("get_api_key", str, hash=digest)
-        self.keys = {kept: entry for kept, entry in self.keys.items() if entry[0] > now and kept != digest}
-        if scope is None:
-            raise Problem("unauthorized")
-        caller = Caller("key", scope=scope, admin=scope == "admin")
-        self.keys[digest] = (now + KEY_SECONDS, caller)
+        if proof.startswith("bh_"):
+            scope = await self.db.maybe("get_api_key", str, hash=hashlib.sha256(proof.encode()).digest())
+            if scope is None:
+                raise Problem("unauthorized")
+            caller = Caller("key", admin=scope == "admin")
+        else:
+            caller = Caller("user", self.read_user_token(proof)["sub"])
+        if len(self.known) >= PROOFS:
+            self.known.clear()
+        self.known[proof] = (now + PROOF_SECONDS, caller)
         return caller
-
-    def by_token(self, token: str) -> Caller:
-        """The user of a user token: Bellhop's own or the identity provider's."""
-        return Caller("user", self.read_user_token(token)["sub"])
 
     def read_user_token(self, token: str) -> dict[str, Any]:
         """The claims of a valid user token; the algorithm decides the key, never the other way."""
@@ -894,41 +897,46 @@ async def admit(request: Ask) -> None:
 # ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
 # Requests in flight together share one statement: what queued up while the last one ran is the next.
 
-INTAKE_ITEMS = 512  # items that one statement takes; a single larger request still goes whole
+READERS = 2  # list statements under way at once: the second uses the other core
+SHARED_ITEMS = 512  # items that one statement takes; a single larger request still goes whole
+Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
 
-class Intake:
-    """The group commit in front of create_notifications.sql."""
+class Shared:
+    """A statement that answers many requests at once, from its parameter `items`: a row an item."""
 
-    def __init__(self, db: Db, stored: Callable[[list[Result]], None]) -> None:
-        self.db, self.stored = db, stored
-        self.waiting: collections.deque[tuple[list[Item], asyncio.Future[list[Result]]]] = collections.deque()
+    def __init__(
+        self, db: Db, name: str, kind: Callable[..., Any], at_once: int, after: Callable[[list[Any]], None]
+    ) -> None:
+        self.db, self.name, self.kind, self.after = db, name, kind, after
+        self.waiting: collections.deque[Waiting] = collections.deque()
         self.arrived = asyncio.Event()
-        self.turn = asyncio.Lock()  # two statements that open digests at once could deadlock
+        # Creates go one by one: two statements that open digests at once could deadlock.
+        self.turn = asyncio.Semaphore(at_once)
 
-    async def create(self, items: list[Item]) -> list[Result]:
-        """Store items, all or none, and give one result each; returns after COMMIT."""
-        done: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+    async def ask(self, items: list[Any]) -> list[Any]:
+        """A row for each item, after COMMIT; all items or none."""
+        done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self.waiting.append((items, done))
         self.arrived.set()
         async with asyncio.timeout(PATIENCE):
             return await done
 
-    async def preview(self, items: list[Item]) -> list[Result]:
+    async def preview(self, items: list[Any]) -> list[Any]:
         """The same statement, rolled back."""
-        return await self.db.bind(rollback=True).many("create_notifications", Result, items=encode(items))
+        return await self.db.bind(rollback=True).many(self.name, self.kind, items=encode(items))
 
     async def run(self) -> None:
-        """The one writer: while a batch is under way the next one grows."""
+        """Answer what waits: while one batch is under way the next one grows."""
         while True:
             await self.arrived.wait()
             self.arrived.clear()
             while self.waiting:
-                await self.store(self.take())
+                await self.answer(self.take())
 
-    def take(self) -> list[tuple[list[Item], asyncio.Future[list[Result]]]]:
+    def take(self) -> list[Waiting]:
         """The requests of the next statement; those whose callers gave up are left out."""
-        taken, room = [], INTAKE_ITEMS
+        taken, room = [], SHARED_ITEMS
         while self.waiting and (not taken or len(self.waiting[0][0]) <= room):
             items, done = self.waiting.popleft()
             if not done.done():
@@ -936,28 +944,27 @@ class Intake:
                 room -= len(items)
         return taken
 
-    async def store(self, requests: list[tuple[list[Item], asyncio.Future[list[Result]]]]) -> None:
+    async def answer(self, requests: list[Waiting]) -> None:
         """One statement for all; if it fails for one item's sake, each request by itself."""
+        items = [item for wanted, _ in requests for item in wanted]
         try:
-            items = [item for wanted, _ in requests for item in wanted]
             async with self.turn:
-                rows = await self.db.many("create_notifications", Result, items=encode(items))
+                rows = await self.db.many(self.name, self.kind, items=encode(items)) if items else []
         except Exception as error:
             if len(requests) > 1 and as_problem(error).code != "database_away":
                 for request in requests:
-                    await self.store([request])
+                    await self.answer([request])
                 return
             for _, done in requests:
                 if not done.done():
                     done.set_exception(error)
             return
-        METRICS.batch.observe(len(rows))
-        self.stored(rows)
+        self.after(rows)
         start = 0
-        for items, done in requests:
+        for wanted, done in requests:
             if not done.done():
-                done.set_result(rows[start : start + len(items)])
-            start += len(items)
+                done.set_result(rows[start : start + len(wanted)])
+            start += len(wanted)
 
 
 # ═══ 7 · Channels ═════════════════════════════════════════════════════════════════════════════
@@ -1371,7 +1378,7 @@ METRICS = Metrics()
 class Worker:
     """Everything that happens by itself: sending, storing what was kept for later, forgetting."""
 
-    def __init__(self, settings: Settings, db: Db, intake: Intake, outbound: Outbound) -> None:
+    def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.db, self.intake, self.outbound = settings, db, intake, outbound
         self.ways = {
             "email": outbound.send_email,
@@ -1392,7 +1399,8 @@ class Worker:
                 found = await self.claim()
             if not found:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.wake.wait(), self.settings.poll_seconds)
+                    async with asyncio.timeout(self.settings.poll_seconds):  # wait_for may swallow a cancel
+                        await self.wake.wait()
         await asyncio.Event().wait()
 
     async def claim(self) -> int:
@@ -1481,7 +1489,7 @@ class Worker:
             items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
             for item in items:
                 item.intake = id
-            await self.intake.create(items)
+            await self.intake.ask(items)
         except Exception as error:
             problem = as_problem(error)
             if problem.code == "database_away":
@@ -1581,7 +1589,7 @@ class Grapevine:
             await self.told.wait()
             self.told.clear()
             users, self.users = encode(sorted(self.users)), set()
-            await self.db.run("record_change", users=users if len(users) < 2000 else "[]")
+            await self.db.many("record_change", users=users if len(users) < 2000 else "[]")
 
     async def listen_loop(self) -> None:
         """Pass on what others tell; a word from a newcomer is also when to count again."""
@@ -1692,7 +1700,7 @@ class Ask(Request[Caller, Any, State]):
 def decode_body(body: bytes, kind: type[T]) -> T:
     """JSON as `kind`; field names may also be written in camelCase."""
     body.decode()  # msgspec takes what it skips, data above all, without a look at its UTF-8
-    if re.search(rb"(?<!\\)(?:\\\\)*\\u0000", body):
+    if rb"\u0000" in body and re.search(rb"(?<!\\)(?:\\\\)*\\u0000", body):
         raise Problem("not_json", "The body holds a NUL character")
     if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
         refuse_deep(body)
@@ -1776,7 +1784,7 @@ class InboxApi(Controller):
             return answer(
                 await request.mine.one("create_scheduled", payload=payload, due_at=data.deliver_at), 202
             )
-        rows = await request.bell.intake.create(items)
+        rows = await request.bell.intake.ask(items)
         if data.user_ids is None:
             return answer(rows[0].answer, 201 if rows[0].inserted else 200)
         by_user = {row.user_id: row for row in rows}
@@ -1794,7 +1802,7 @@ class InboxApi(Controller):
     ) -> Response[Any]:
         """The caller's notifications, newest first; 304 when the caller has this very answer."""
         wanted = {"unread": unread, "archived": archived, "event": event, "limit": limit, "cursor": cursor}
-        content = msgspec.json.encode(await request.mine.one("list_notifications", **wanted))
+        content = (await request.bell.lists.ask([wanted | {"user_id": request.user.user_id}]))[0]
         tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
         headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
         known = request.headers.get("if-none-match", "")
@@ -1844,7 +1852,7 @@ class ProgramApi(Controller):
                 raise FieldError(f"{place}deliver_at", "Expected outside of a batch")
             user = recipients(request.user, asked, place)[0]
             items.append(make_item(user, asked, key and f"{key}:{index}"))
-        return results(await request.bell.intake.create(items))
+        return results(await request.bell.intake.ask(items))
 
     @post("/api/resolve", status_code=200)
     async def resolve(self, request: Ask, data: JSONBody[Subject]) -> Any:
@@ -1880,7 +1888,7 @@ class AdminApi(Controller):
     async def delete_key(self, request: Ask, id: FromPath[UUID]) -> None:
         """Revoke an API key, at once in this process."""
         await request.mine.one("delete_api_key", id=id)
-        request.bell.gate.keys.clear()
+        request.bell.gate.known.clear()
 
     @get("/api/deliveries")
     async def list_deliveries(
@@ -2084,10 +2092,12 @@ def page(path: str, by: str, template: str, names: str) -> HTTPRouteHandler:
             "channel": None,
             "about": None,
         }
-        db = request.mine.bind(**asked, **rest)
+        items = encode([asked | rest | {"user_id": request.user.user_id}])
+        db = request.mine.bind(**rest, items=items)
         row: dict[str, Any] = {"push_key": request.bell.outbound.public_key}
         for name in names.split():
-            row |= plain(await db.one(name, **request.path_params if name == "get_notification" else {}))
+            told = plain(await db.one(name, **request.path_params if name == "get_notification" else {}))
+            row |= told.get("answer", told)
         shown = {part: row for part, column in PAGE_PARTS.items() if column in row}
         return request.bell.pages.show(request, template, **row | shown)
 
@@ -2426,7 +2436,8 @@ class Service:
         self.db = Db(self.pool, self.changed, PATIENCE, **policy(settings))
         self.grapevine = Grapevine(settings.database_url, self.db, self.hub)
         self.gate = Gatekeeper(settings, self.db)
-        self.intake = Intake(self.db, self.after_store)
+        self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
+        self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
         try:
             self.outbound = Outbound(settings)
         except (ValueError, OSError) as error:
@@ -2440,6 +2451,7 @@ class Service:
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
+        METRICS.batch.observe(len(rows))
         for user in {row.user_id for row in rows if row.inserted}:
             self.changed(user)
         if any(row.leaves for row in rows):
@@ -2456,6 +2468,7 @@ class Service:
         await self.outbound.open()
         worker = self.worker
         loops = {"create": self.intake.run, "intake": worker.intake_loop, "prune": worker.prune_loop}
+        loops |= {f"list {n}": self.lists.run for n in range(READERS)}
         loops |= {"listen": self.grapevine.listen_loop, "tell": self.grapevine.tell_loop}
         if self.settings.delivery_concurrency:
             loops |= {"claim": worker.claim_loop, "finish": worker.finish_loop}
@@ -2595,6 +2608,37 @@ def create_app(settings: Settings) -> Litestar:
     return app
 
 
+class Corked:
+    """A transport that sends what is written in one turn of the loop at once: head and body together.
+    A system call less is a sixth of a request."""
+
+    def __init__(self, transport: Any) -> None:
+        self.transport, self.parts = transport, list[bytes]()
+        self.soon = asyncio.get_running_loop().call_soon
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self.parts:
+            self.soon(self.flush)
+        self.parts.append(data)
+
+    def flush(self) -> None:
+        parts, self.parts = self.parts, []
+        if parts:
+            self.transport.write(b"".join(parts))
+
+    def close(self) -> None:
+        self.flush()
+        self.transport.close()
+
+
+class Protocol(HttpToolsProtocol):
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(cast("Any", Corked(transport)))
+
+
 class Server(uvicorn.Server):
     """uvicorn that says when it answers, and ends open streams before it waits for requests."""
 
@@ -2637,7 +2681,10 @@ def serve(settings: Settings, _: argparse.Namespace) -> None:
         first_key = asyncio.run(with_db(settings, first_run_key)) if embedded else None
         app = create_app(settings)
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-        config = uvicorn.Config(app, proxy_headers=False, timeout_graceful_shutdown=8, ws="none", **quiet)
+        protocol: dict[str, Any] = {"http": Protocol, "ws": "none", "proxy_headers": False}
+        config = uvicorn.Config(app, timeout_graceful_shutdown=8, **quiet, **protocol)
+        gc.collect()
+        gc.freeze()  # what is here now stays: later collections need not look at it again
         server = Server(config, app.state.service, functools.partial(greet, settings, first_key))
         server.run(sockets=[listener])
 

@@ -128,7 +128,8 @@ class Running:
     def stop(self) -> None:
         self.server.should_exit = True
         self.thread.join(DEADLINE)
-        assert not self.thread.is_alive(), "the service did not stop"
+        busy = [str(task.get_stack()[-1:]) for task in asyncio.all_tasks(self.loop)] if self.thread.is_alive() else []
+        assert not self.thread.is_alive(), f"the service did not stop: {busy}"
         self.listener.close()
 
 

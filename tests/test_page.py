@@ -1130,6 +1130,14 @@ def test_the_widget_keeps_hostile_text_and_addresses_harmless(
 # ── pictures for the README
 
 
+SHOP_STYLE = "body { background: #e9eff4 } header { background: #fff } #own { padding: 24px; color: #456 }"
+BUSY_HOUR = """
+    INSERT INTO outbox
+    SELECT (jsonb_populate_record(o, jsonb_build_object('id', gen_random_uuid(), 'state', 'sent', 'attempts', 0,
+            'finished_at', now() - make_interval(mins => m)))).*
+    FROM outbox o, generate_series(0, 59) m, generate_series(0, (12 + 9 * sin(m / 6.0) + m * 7 %% 5)::int) k"""
+
+
 @pytest.mark.skipif(
     not os.environ.get("PICTURES"), reason="PICTURES names the folder for the README's pictures"
 )
@@ -1138,15 +1146,18 @@ def test_pictures(
 ) -> None:
     folder = Path(os.environ["PICTURES"])
     fail_a_delivery(post, api, sql)
+    sql(BUSY_HOUR)
+    sql("UPDATE notifications SET archived_at = now()")
+    api.patch("/api/users/alice/preferences", json={"email_enabled": False})
     sent = fill_inbox(post)
     sql("UPDATE notifications SET read_at = now() WHERE id < %s", sent[5]["id"])
-    sql("UPDATE notifications SET archived_at = now() WHERE id < %s", sent[0]["id"])
     for minutes, one in zip((9000, 2900, 1500, 300, 130, 14, 6, 1), sent, strict=True):
         sql(
             "UPDATE notifications SET created_at = now() - %s * interval '1 min' WHERE id = %s",
             minutes,
             one["id"],
         )
+    api.patch("/api/users/alice/preferences", json={"email_enabled": True})
     for number in range(5):
         told = post(title=f"Comment {number}", severity="warning", batch_key="comments")
         sql("UPDATE notifications SET archived_at = now() WHERE id = %s", told["id"])
@@ -1163,7 +1174,8 @@ def test_pictures(
     device(admin=True, viewport=wide).open_live("/admin").screenshot(path=folder / "admin.png")
     token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
     reader = device(None, viewport={"width": 760, "height": 560})
-    page = visit_shop(reader, shop, service, bell_of(token), style="")
+    page = visit_shop(reader, shop, service, bell_of(token), SHOP_STYLE)
     page.locator("bellhop-bell .bell").click()
     expect(page.locator("bellhop-bell li").first).to_be_visible()
+    page.wait_for_timeout(400)  # the badge has popped up
     page.screenshot(path=folder / "widget.png")
