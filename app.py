@@ -2525,8 +2525,8 @@ async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
             if time.monotonic() > deadline:
                 raise StartError(f"the database does not answer: {first_line(error)}") from None
             await asyncio.sleep(0.5)
-        except psycopg.Error as error:
-            raise StartError(f"DATABASE_URL is wrong: {first_line(error)}") from None
+        except psycopg.Error:  # its text repeats the password
+            raise StartError("DATABASE_URL is wrong: postgresql://user@host/name is expected") from None
 
 
 def first_line(error: BaseException) -> str:

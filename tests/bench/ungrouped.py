@@ -2,19 +2,20 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import app
 
 
-async def create_alone(intake: app.Intake, items: list[app.Item]) -> list[app.Result]:
-    """What Intake.create would be if requests did not share."""
-    rows = await intake.db.many("create_notifications", app.Result, items=app.encode(items))
-    intake.stored(rows)
+async def ask_alone(shared: app.Shared, items: list[Any]) -> list[Any]:
+    """What Shared.ask would be if requests did not share."""
+    rows = await shared.db.many(shared.name, shared.kind, items=app.encode(items))
+    shared.after(rows)
     return rows
 
 
 if __name__ == "__main__":
-    app.Intake.create = create_alone
+    app.Shared.ask = ask_alone
     app.main()
