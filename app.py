@@ -26,6 +26,7 @@ import hashlib
 import hmac
 import importlib.util
 import ipaddress
+import itertools
 import logging
 import os
 import pwd
@@ -78,7 +79,7 @@ from jwt.utils import base64url_decode, base64url_encode
 from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import Cookie, State
-from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions import HTTPException, InternalServerException, ValidationException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter, QueryParameter
@@ -530,7 +531,7 @@ class Outcome(Struct):
     """How one attempt ended. sent; retry: may work later; refused: three attempts; dead: never;
     bounced: dead address; gone: the target ended; fault: the provider itself fails."""
 
-    verdict: Literal["sent", "retry", "refused", "dead", "bounced", "gone", "fault"]
+    verdict: str
     error: str = ""  # the provider's words, for admins only
     retry_after: float | None = None
 
@@ -540,7 +541,7 @@ class Outcome(Struct):
 
 PATIENCE = 2.5  # seconds; a database that hangs is answered like one that is away
 NO_TARGET = UUID(int=0)
-set_json_loads(lambda data: Raw(bytes(data)))
+set_json_loads(lambda data: Raw(bytes(cast("bytes", data))))
 
 
 def encode(value: Any) -> str:
@@ -559,11 +560,10 @@ class Query(NamedTuple):
 
 def load_query(path: Path) -> Query:
     text = path.read_text()
-    about = re.sub(r"\n?-- ", " ", text[: re.search(r"^(?!--)", text, re.M).start()]).strip()
+    head = "".join(itertools.takewhile(lambda line: line.startswith("--"), text.splitlines(keepends=True)))
+    about = head.replace("-- ", "").replace("\n", " ").strip().removeprefix("changes: inbox ")
     parameters = frozenset(re.findall(r"%\((\w+)\)s", text))
-    return Query(
-        text.encode(), parameters, about.removeprefix("changes: inbox "), "-- changes: inbox" in text
-    )
+    return Query(text.encode(), parameters, about, "-- changes: inbox" in head)
 
 
 QUERIES = {path.stem: load_query(path) for path in (HERE / "queries").glob("*.sql")}
@@ -709,7 +709,7 @@ def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[
     """The exception handler of the whole app."""
     problem = as_problem(error)
     status, title = PROBLEMS[problem.code]
-    if status == 500:
+    if status == 500 and not isinstance(error, InternalServerException):  # that one: the client left
         log.error("%s %s failed: %s", request.method, request.scope["path"], describe(error))
     if problem.code == "database_away":
         request.app.state.service.look_after_pool()
@@ -2101,7 +2101,7 @@ def page(path: str, by: str, template: str, names: str) -> HTTPRouteHandler:
         shown = {part: row for part, column in PAGE_PARTS.items() if column in row}
         return request.bell.pages.show(request, template, **row | shown)
 
-    unknown = {Problem: show_way_in}
+    unknown: dict[Any, Any] = {Problem: show_way_in}
     handler = HTTPRouteHandler(
         path, http_method="GET", by=by, include_in_schema=False, exception_handlers=unknown
     )
@@ -2264,15 +2264,8 @@ class Operations(Controller):
 
     @get("/openapi.json", include_in_schema=False)
     async def get_openapi(self, request: Ask) -> Response[Any]:
-        """The schema of the API: paths and bodies as the code has them, answers as SQL gives them."""
-        schema = request.app.openapi_schema.to_schema()
-        told = msgspec.json.decode((HERE / "templates/openapi.json").read_bytes())
-        told["components"]["schemas"] = schema["components"]["schemas"] | told["components"]["schemas"]
-        for method, path, by, errors, answers in told["operations"]:
-            named = (answers | told["errors"][errors]).items()
-            known = {status: {"$ref": f"#/components/responses/{name}"} for status, name in named}
-            schema["paths"][path][method].update(security=told["security"][by], responses=known)
-        return answer(schema | {"components": told["components"]})
+        """The schema of the API."""
+        return Response(describe_api(), media_type=MediaType.JSON)
 
 
 # ═══ 13 · Embedded PostgreSQL ════════════════════════════════════════════════════════════════
@@ -2567,7 +2560,7 @@ class HeadAsGet:
 
         async def send_head(message: Any) -> None:
             end = {"body": b"", "more_body": False} if message["type"] == "http.response.body" else {}
-            await send({**message, **end})
+            await send(cast("Any", {**message, **end}))
 
         return await self.app(cast("Any", {**scope, "method": "GET"}), receive, send_head)
 
@@ -2575,6 +2568,21 @@ class HeadAsGet:
 # The route table: each says at its head who may call.
 ROUTES = [InboxApi, ProgramApi, AdminApi, PublicPages, Operations]
 ROUTES += [statement(*route) for route in STATEMENTS] + [page(*route) for route in PAGES]
+
+
+@functools.cache
+def describe_api() -> bytes:
+    """The API as OpenAPI: paths and bodies as the code has them, answers as SQL gives them. Made apart
+    from the app that serves: Litestar would add pages of its own that load scripts from elsewhere."""
+    config = OpenAPIConfig("Bellhop", VERSION, create_examples=False, use_handler_docstrings=True)
+    schema = Litestar(ROUTES, openapi_config=config, request_class=Ask).openapi_schema.to_schema()
+    told = msgspec.json.decode((HERE / "templates/openapi.json").read_bytes())
+    told["components"]["schemas"] = schema["components"]["schemas"] | told["components"]["schemas"]
+    for method, path, by, errors, answers in told["operations"]:
+        named = (answers | told["errors"][errors]).items()
+        known = {status: {"$ref": f"#/components/responses/{name}"} for status, name in named}
+        schema["paths"][path][method].update(security=told["security"][by], responses=known)
+    return msgspec.json.encode(schema | {"components": told["components"]})
 
 
 def create_app(settings: Settings) -> Litestar:
@@ -2595,11 +2603,11 @@ def create_app(settings: Settings) -> Litestar:
         route_handlers=ROUTES,
         lifespan=[lifespan],
         exception_handlers={Exception: answer_error},
-        before_request=admit,
+        before_request=cast("Any", admit),
         request_class=Ask,
         request_max_body_size=BODY_BYTES,
         response_headers={"X-Content-Type-Options": "nosniff"},
-        openapi_config=OpenAPIConfig("Bellhop", VERSION, create_examples=False, use_handler_docstrings=True),
+        openapi_config=None,
         cors_config=cors if settings.cors_origins else None,
         logging_config=None,
         state=State({"service": service}),

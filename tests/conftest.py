@@ -22,8 +22,9 @@ from pytest_postgresql import factories
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import app
 from peers import Mailbox, hookbox, mailbox, pushbox  # noqa: F401  fixtures are found by name here
+
+import app
 
 SECRET = "a secret that is only good for tests, 32 bytes or more"
 DEADLINE = 15  # seconds that nothing in a test may wait longer than

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-import pytest
 from conftest import Running, browser, problem, user_token
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -56,14 +55,14 @@ def test_equal_registrations_at_once_are_one_browser(service: Running, sql: Sql)
     assert len(sql(OWNERS)) == 1
 
 
-@pytest.mark.parametrize("kind", ["endpoint", "p256dh", "auth"])
-def test_what_cannot_be_a_subscription_is_refused(alice: httpx.Client, sql: Sql, kind: str) -> None:
+def test_what_cannot_be_a_subscription_is_refused(alice: httpx.Client, sql: Sql) -> None:
+    long = "https://x.example/" + "x" * 2000
     wrong: dict[str, list[Any]] = {
-        "endpoint": ["", "x", "ftp://x/", "javascript:x", "https://", "https://u:p@x.example/", 5, None, "https://x y/", "https://x.example/" + "x" * 2000],
+        "endpoint": ["", "x", "ftp://x/", "javascript:x", "https://", "https://u:p@x.y/", 5, None, "https://x y/", long],
         "p256dh": ["", "x", "A" * 87, 5, None, "B" * 300, "BCVxsr7N\n", "\u00e9" * 87],
         "auth": ["", "x", "A" * 40, 5, None, "!" * 22],
     }  # fmt: skip
-    for value in wrong[kind]:
+    for kind, value in ((kind, value) for kind, values in wrong.items() for value in values):
         body = browser(ENDPOINT)
         (body if kind == "endpoint" else body["keys"])[kind] = value
         told = problem(alice.post("/api/push/subscriptions", json=body), 400)

@@ -79,7 +79,9 @@ def test_the_example_is_answered_as_shown(service: Running, make_key: Callable[[
     assert language == "json" and command.count("\n") == 1
     here = command.replace("http://127.0.0.1:8000", service.url)
     environ = {"BELLHOP_API_KEY": make_key("send"), "PATH": "/usr/bin:/bin:/usr/local/bin"}
-    told = subprocess.run(["bash", "-c", here], env=environ, capture_output=True, timeout=DEADLINE, check=True)
+    told = subprocess.run(
+        ["bash", "-c", here], env=environ, capture_output=True, timeout=DEADLINE, check=True
+    )
     wanted, found = json.loads(shown), json.loads(told.stdout)
     for answer in (wanted, found):
         assert all(answer["notification"].pop(name) for name in CHANGED_EACH_TIME)

@@ -1133,9 +1133,10 @@ def test_the_widget_keeps_hostile_text_and_addresses_harmless(
 SHOP_STYLE = "body { background: #e9eff4 } header { background: #fff } #own { padding: 24px }"
 BUSY_HOUR = """
     INSERT INTO outbox
-    SELECT (jsonb_populate_record(o, jsonb_build_object('id', gen_random_uuid(), 'state', 'sent', 'attempts', 0,
+    SELECT (jsonb_populate_record(o, jsonb_build_object('id', gen_random_uuid(), 'state', 'sent',
             'finished_at', now() - make_interval(mins => m)))).*
-    FROM outbox o, generate_series(0, 59) m, generate_series(0, (12 + 9 * sin(m / 6.0) + mod(m * 7, 5))::int) k"""
+    FROM outbox o, generate_series(0, 59) m,
+         generate_series(0, (12 + 9 * sin(m / 6.0) + mod(m * 7, 5))::int) k"""
 
 
 @pytest.mark.skipif(

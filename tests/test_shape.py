@@ -23,6 +23,7 @@ Faults = list[str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, LINE_COLUMNS = 1800, 40, 8, 110
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 DB_VERBS = ("one", "maybe", "many", "run")
 VERBS = "create|get|list|count|update|delete|claim|finish|retry|release|prune|record"
 ENTRIES = {
@@ -41,6 +42,7 @@ FOR_EVERYBODY = {
     ("get_stats", "deliveries"): "counts for admins, of nobody in particular",
     ("get_stats", "outbox"): "counts for admins, of nobody in particular",
     ("get_suspect", "outbox"): "the worker looks for what ended it before",
+    ("prune_deliveries", "deliveries"): "retention is by age",
     ("prune_messages", "outbox"): "retention is by age",
     ("prune_notifications", "notifications"): "retention is by age",
     ("prune_rate_limits", "rate_limits"): "retention is by age",
@@ -126,8 +128,8 @@ def sql_in_python(source: str) -> Faults:
 
 
 def unused_queries(source: str) -> Faults:
-    """Every file of queries/ is named in the code."""
-    named = {text_of(node) for node in strings(source)}
+    """Every file of queries/ is named in the code, alone or in a list of words."""
+    named = {word for node in strings(source) for word in text_of(node).split()}
     return [f"queries/{name}.sql is not used" for name in QUERIES if name not in named]
 
 
@@ -149,8 +151,21 @@ def calls(source: str) -> Iterator[tuple[int, str, set[str], bool]]:
             case ast.Call(ast.Attribute(attr=verb), [ast.Constant(str(name)), *_]) if verb in DB_VERBS:
                 given = {keyword.arg for keyword in node.keywords}
                 yield node.lineno, name, {each for each in given if each}, None in given
-            case ast.Tuple([_, ast.Constant(str(path)), _, ast.Constant(str(name)), *_]) if "/api/" in path:
-                yield node.lineno, name, set(re.findall(r"\{(\w+):", path)), False  # a row of STATEMENTS
+            case ast.Tuple([ast.Constant(verb), path, ast.Constant(), ast.Constant(str(name)), *rest]):
+                if verb in METHODS:  # a row of STATEMENTS: path and body are the parameters
+                    yield node.lineno, name, path_parameters(path) | body_parameters(rest), False
+
+
+def path_parameters(path: ast.expr) -> set[str]:
+    """What stands in braces in a path, be it written out or made of a constant."""
+    told = re.sub(r"\{?\b([A-Z]+)\b\}?", lambda found: getattr(app, found[1], found[0]), ast.unparse(path))
+    return set(re.findall(r"\{(\w+):", told))
+
+
+def body_parameters(rest: list[ast.expr]) -> set[str]:
+    """The fields of a row's body, or the whole of it where a statement merges it."""
+    body = getattr(app, ast.unparse(rest[1]), None) if len(rest) > 1 else None
+    return {"patch"} if body in app.PATCHES else set(getattr(body, "__struct_fields__", ()))
 
 
 def wrong_parameters(source: str) -> Faults:
@@ -360,6 +375,10 @@ BAD_SOURCES = [
     (wrong_parameters, GOOD + "db.one('get_notification', no_target=1, for_admin=1)\n"),
     (wrong_parameters, GOOD + "db.one('get_unread_count', nonsense=1)\n"),
     (wrong_parameters, GOOD + "ROWS = [('GET', '/api/n', 'user', 'get_webhook')]\n"),
+    (
+        wrong_parameters,
+        GOOD + "ROWS = [('PATCH', '/api/n/{id:uuid}', 'user', 'update_notification', 200, Subject)]\n",
+    ),
     (unread_settings, GOOD.replace("settings.port", "settings")),
 ]
 FINE = "-- Says what it does.\nSELECT read_at FROM notifications n WHERE n.user_id = %(user_id)s::text"
