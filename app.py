@@ -2735,7 +2735,9 @@ def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) ->
 
 
 def print_link(settings: Settings, args: argparse.Namespace) -> None:
-    print(sign_in_link(keep_secret(settings), user_name(args.user_id), args.admin, args.minutes))
+    if not (1 <= len(args.user_id) <= 200 and 1 <= args.minutes <= 60 * 24 * 30):
+        raise CommandError("a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
+    print(sign_in_link(keep_secret(settings), args.user_id, args.admin, args.minutes))
 
 
 def manage_keys(settings: Settings, args: argparse.Namespace) -> None:
@@ -2743,6 +2745,8 @@ def manage_keys(settings: Settings, args: argparse.Namespace) -> None:
 
     async def act(db: Db) -> None:
         if args.action == "create":
+            if not 1 <= len(args.name) <= 100:
+                raise CommandError("a key's name has 1 to 100 characters")
             print((await add_key(db, args.name, args.scope))["secret"])
         elif args.action == "list":
             for key in plain(await db.one("list_api_keys"))["keys"]:

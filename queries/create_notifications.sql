@@ -138,6 +138,7 @@ drawn AS MATERIALIZED (
     FROM asking a
     JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
 ),
+-- Where each one collects (nowhere: it leaves alone), and when it leaves.
 timed AS MATERIALIZED (
     SELECT j.*, folder.digest,
            CASE folder.digest WHEN 'overflow' THEN d.minute + interval '1 minute' ELSE d.minute END AS token_minute,
@@ -163,7 +164,9 @@ opened AS MATERIALIZED (
                              provider)
     SELECT user_id, message_id, channel, target, digest, way = 'critical', available_at, token_minute, provider
     FROM (
-        SELECT DISTINCT ON (user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END) *
+        SELECT DISTINCT ON (user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END)
+               timed.user_id, timed.message_id, timed.channel, timed.target, timed.digest, timed.severity,
+               timed.available_at, timed.token_minute, timed.provider, timed.way, timed.n
         FROM timed
         ORDER BY user_id, channel, target, digest, CASE WHEN digest IS NULL THEN message_id END,
                  way = 'critical' DESC, n
@@ -173,6 +176,7 @@ opened AS MATERIALIZED (
     DO UPDATE SET critical = o.critical OR EXCLUDED.critical  -- a claim sees by this write that it grew
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest, o.available_at
 ),
+-- Each delivery with its message, or with the reason why there is none.
 queued AS (
     SELECT t.n, t.user_id, t.id, t.channel, t.target, t.delivery_id, o.id AS message_id, t.redacted,
            NULL AS reason, o.available_at
@@ -183,12 +187,14 @@ queued AS (
     SELECT n, user_id, id, channel, target, delivery_id, NULL, redacted, reason, NULL
     FROM judged WHERE reason IS NOT NULL
 ),
+-- The record: every channel and target that was considered.
 delivered AS (
     INSERT INTO deliveries (user_id, notification_id, channel, target, id, message_id, status, reason, redacted)
     SELECT user_id, id, channel, target, delivery_id, message_id,
            CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END, reason, redacted
     FROM queued
 ),
+-- The same for the caller.
 told AS (
     SELECT n, json_agg(json_build_object('channel', channel,
                                          'status', CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END,

@@ -5,6 +5,7 @@ WITH result AS MATERIALIZED (
     FROM jsonb_to_recordset(%(results)s::jsonb) AS r (
         user_id text, id uuid, claim_seq int, email text, verdict text, error text, retry_after float8)
 ),
+-- The results that still may be written: the claim is the newest. Found by key, one by one.
 mine AS MATERIALIZED (
     SELECT o.user_id, o.id, o.channel, o.target, o.provider, o.attempts, o.faults,
            r.email, r.verdict, r.error, r.retry_after
@@ -23,6 +24,7 @@ recovered AS (
     WHERE (b.faults > 0 OR b.paused_until IS NOT NULL)
       AND b.provider IN (SELECT provider FROM mine WHERE verdict <> 'fault')
 ),
+-- Providers that did nothing but fail in these results.
 broken AS MATERIALIZED (
     INSERT INTO breakers AS b (provider, faults, paused_until)
     SELECT provider, count(*), CASE WHEN count(*) >= 10 THEN now() + interval '30 seconds' END
@@ -54,6 +56,7 @@ spared AS (
     FROM broken b
     WHERE b.paused AND o.provider = b.provider AND o.state = 'pending' AND o.faults > 0
 ),
+-- The delay doubles with each failure, spread over its upper half so that many do not return at once.
 finished AS MATERIALIZED (
     UPDATE outbox o
     SET state = j.state,
@@ -70,6 +73,7 @@ finished AS MATERIALIZED (
     WHERE o.user_id = j.user_id AND o.id = j.id
     RETURNING o.user_id, o.id, o.channel, o.target, o.state, j.email, j.verdict, j.error
 ),
+-- Each item of the message ends like the message.
 told AS (
     UPDATE deliveries v
     SET status = f.state, sent_at = CASE f.state WHEN 'sent' THEN now() END, last_error = nullif(f.error, '')
@@ -82,6 +86,7 @@ lost_browsers AS (
     WHERE f.verdict = 'gone' AND f.channel = 'push' AND s.user_id = f.user_id AND s.id = f.target
     RETURNING s.user_id
 ),
+-- 410 closes an endpoint; nothing else does.
 closed_endpoints AS (
     UPDATE webhook_endpoints w
     SET disabled_at = now()
@@ -94,6 +99,7 @@ bounced AS (
     SELECT DISTINCT ON (user_id) user_id, email, count(*) OVER (PARTITION BY user_id, email) AS times
     FROM finished WHERE verdict = 'bounced' ORDER BY user_id, email
 ),
+-- A new address starts anew.
 bounces AS (
     INSERT INTO suppressions AS s (user_id, channel, address, reason, hits)
     SELECT user_id, 'email', email, 'bounced', times FROM bounced ORDER BY user_id
@@ -102,6 +108,7 @@ bounces AS (
         address = EXCLUDED.address
     RETURNING s.user_id, s.hits
 ),
+-- A mail that was taken shows that the address lives.
 alive AS (
     DELETE FROM suppressions s USING finished f
     WHERE s.user_id = f.user_id AND s.channel = 'email' AND s.reason = 'bounced' AND s.hits < 2

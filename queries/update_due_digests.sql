@@ -17,6 +17,7 @@ ready AS MATERIALIZED (
     SELECT d.* FROM due d
     WHERE d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
 ),
+-- Those that may leave if there is a token; nobody asks for one in quiet hours.
 asking AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.channel_limit,
            row_number() OVER (PARTITION BY d.user_id, d.channel ORDER BY d.digest = 'quiet', d.id) AS place
@@ -36,11 +37,13 @@ counted AS MATERIALIZED (
             ELSE 0 END
     RETURNING r.user_id, r.lane, r.minute, r.used
 ),
+-- The number each one drew of its user's minute.
 drawn AS MATERIALIZED (
     SELECT a.user_id, a.id, a.channel_limit, c.minute,
            c.used - max(a.place) OVER (PARTITION BY a.user_id, a.channel) + a.place AS number
     FROM asking a JOIN counted c ON c.user_id = a.user_id AND c.lane = a.channel
 ),
+-- What may not leave now, where it collects instead and until when.
 held AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.provider,
            CASE WHEN d.until IS NULL THEN 'overflow' ELSE 'quiet' END AS folder,
@@ -49,6 +52,7 @@ held AS MATERIALIZED (
     LEFT JOIN drawn n ON n.user_id = d.user_id AND n.id = d.id
     WHERE d.until IS NOT NULL OR n.number > n.channel_limit
 ),
+-- The digest it is folded into: an open one, or a new one.
 opened AS MATERIALIZED (
     INSERT INTO outbox AS o (user_id, id, channel, target, digest, available_at, token_minute, provider)
     SELECT DISTINCT ON (user_id, channel, target, folder)
@@ -61,6 +65,7 @@ opened AS MATERIALIZED (
     DO UPDATE SET available_at = CASE WHEN o.digest = 'quiet' THEN EXCLUDED.available_at ELSE o.available_at END
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest
 ),
+-- Its items change over,
 moved AS (
     UPDATE deliveries d
     SET message_id = o.id
@@ -69,6 +74,7 @@ moved AS (
                  AND o.digest = h.folder
     WHERE d.user_id = h.user_id AND d.message_id = h.id AND d.status = 'queued' AND h.id <> o.id
 ),
+-- and the message they leave was never tried, so nobody will miss it.
 folded AS (
     DELETE FROM outbox o
     USING held h

@@ -1,6 +1,8 @@
 """E-mail from the post to the mailbox; what a single mail looks like is told in test_email."""
 
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -136,12 +138,12 @@ def test_a_server_that_trickles_is_cut_off_at_the_channel_timeout(
 
     def trickle() -> None:
         caller, _ = listener.accept()
-        with caller, __import__("contextlib").suppress(OSError):
+        with caller, contextlib.suppress(OSError):
             while True:
                 caller.sendall(b"2")
                 time.sleep(0.05)
 
-    thread = __import__("threading").Thread(target=trickle)
+    thread = threading.Thread(target=trickle)
     thread.start()
     with service.paused():
         delivering(smtp_url=f"smtp://127.0.0.1:{listener.getsockname()[1]}", channel_timeout_seconds=1)

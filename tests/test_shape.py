@@ -139,9 +139,13 @@ def parameters_of(query: str) -> set[str]:
 
 @functools.cache
 def bound_parameters() -> set[str]:
-    """What the code fills in by itself: the service's figures, and who is asking."""
+    """What the code fills in by itself: the service's figures, and for each request who is asking."""
     settings = app.load_settings({"DATABASE_URL": "nowhere", "BELLHOP_SECRET": "s" * 32})
-    return {"user_id", "for_admin", *app.create_app(settings).state.service.db.bound}
+    bound = {"user_id", *app.create_app(settings).state.service.db.bound}
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "bind":
+            bound |= {keyword.arg for keyword in node.keywords if keyword.arg}
+    return bound
 
 
 def calls(source: str) -> Iterator[tuple[int, str, set[str], bool]]:

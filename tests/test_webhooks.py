@@ -1,5 +1,6 @@
 """Webhooks: whom an endpoint hears of, what it gets, and that it can check who says so."""
 
+import base64
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -130,7 +131,7 @@ def test_secrets_are_shown_once_and_kept_encrypted(add: Any, api: httpx.Client, 
     assert made["webhook"].keys() >= {"id", "url", "events", "min_severity", "user_id"}
     assert secret not in api.get("/api/webhooks").text
     [row] = sql("SELECT secret, octet_length(secret) FROM webhook_endpoints")
-    assert __import__("base64").b64decode(secret) not in bytes(row[0])
+    assert base64.b64decode(secret) not in bytes(row[0])
 
 
 def test_a_ping_goes_at_once_and_says_how_it_went(add: Any, api: httpx.Client, hookbox: Hookbox, sql: Sql) -> None:
