@@ -310,8 +310,6 @@ def test_check_is_content_or_prints_a_line_for_each_fault(bellhop: Any, sql: Sql
     for line in err.splitlines():
         assert "claim_seq" in line or "hash" in line, line
     assert "create_api_key" in err and "get_api_key" in err
-    code, _, err = bellhop("check", database_url="postgresql:///nowhere?host=/nowhere&connect_timeout=1")
-    assert code == 1 and err.count("\n") == 1
 
 
 def test_an_unknown_command_ends_with_2(bellhop: Any) -> None:
@@ -341,7 +339,7 @@ def postgres_below(folder: Path) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (process / "comm").read_text()
-            if words.startswith("postgres") and str(folder) in os.readlink(process / "cwd"):
+            if words.startswith("postgres") and str(folder) in str((process / "cwd").readlink()):
                 found.append(int(process.name))
     return found
 

@@ -18,7 +18,10 @@ import app
 Json = dict[str, Any]
 Client = Callable[..., httpx.Client]
 NOTE = {"user_id": "alice", "event_name": "comment.created", "title": "A comment", "body": "Inside"}
-BROWSER = {"endpoint": "https://push.example.org/1", "keys": {"p256dh": "B" * 87, "auth": "a" * 22}}
+BROWSER = {"endpoint": "https://push.example.org/1", "keys": {
+    "p256dh": "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4",
+    "auth": "BTBZMqHH6r4Tts7J_aSIgg",
+}}
 JSON = {"Content-Type": "application/json"}
 HOOK = {"url": "https://127.0.0.1:9/", "user_id": "alice", "min_severity": "info"}  # inside: refused
 

@@ -46,9 +46,9 @@ PAGE = {"user_id": HEAVY, "cursor": None, "archived": False, "unread": False, "e
 CLAIM = {"room": 16, "alone": False, "share": 4, "busy": "{}", "lease": 60, "mail": True}
 RESULTS = json.dumps([{"user_id": HEAVY, "id": ID, "claim_seq": 1, "verdict": "sent"}])
 CASES = {
-    "list_notifications": PAGE,
-    "list_notifications, the next page": PAGE | {"cursor": ID},
-    "list_notifications, unread ones": PAGE | {"unread": True},
+    "list_notifications": {"items": json.dumps([PAGE])},
+    "list_notifications, the next page": {"items": json.dumps([PAGE | {"cursor": ID}])},
+    "list_notifications, unread ones": {"items": json.dumps([PAGE | {"unread": True}])},
     "get_unread_count": {"user_id": HEAVY},
     "get_hint": {"user_id": HEAVY},
     "get_notification": {"user_id": HEAVY, "id": ID, "for_admin": False},
