@@ -2027,12 +2027,17 @@ class Pages:
         self.base_url, folder = base_url, HERE / "templates"
         self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix[1:] in ASSETS}
         self.version = hashlib.blake2b(b"".join(self.files.values()), digest_size=6).hexdigest()
-        loader, strict = jinja2.FileSystemLoader(folder), jinja2.StrictUndefined
         self.templates = jinja2.Environment(
-            loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
+            loader=jinja2.FileSystemLoader(folder),
+            autoescape=True,
+            auto_reload=False,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
+        self.templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
-    def show(self, request: Ask, name: str, **values: Any) -> Response[Any]:
+    def show(self, request: Ask, name: str, answer_status: int = 200, **values: Any) -> Response[Any]:
         """A page in the reader's language."""
         caller, spoken = request.scope.get("user"), request.headers.get("accept-language", "")
         lang = language(f"{values.get('locale', '')},{spoken}")
@@ -2047,7 +2052,7 @@ class Pages:
             "path": local_path(request),
         }
         text = self.templates.get_template(name).render(values | told)
-        return Response(text, media_type=MediaType.HTML, headers=PAGE_HEADERS)
+        return Response(text, status_code=answer_status, media_type=MediaType.HTML, headers=PAGE_HEADERS)
 
 
 def language(wanted: str) -> str:
@@ -2065,12 +2070,13 @@ def local_path(request: Request[Any, Any, Any]) -> str:
     return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 
-def show_way_in(request: Request[Any, Any, Any], problem: Problem) -> Response[Any]:
-    """Where somebody unknown signs in, and back to the page that was wanted."""
-    if problem.code != "unauthorized":
-        return answer_error(request, problem)
-    location = f"/login?{urlencode({'next': local_path(request)})}"
-    return Response(None, status_code=303, headers={"Location": location, **PRIVATE})
+def show_page_error(request: Ask, problem: Problem) -> Response[Any]:
+    """What a page answers when it cannot be shown: where to sign in, and back; or what is wrong."""
+    if problem.code == "unauthorized":
+        location = f"/login?{urlencode({'next': local_path(request)})}"
+        return Response(None, status_code=303, headers={"Location": location, **PRIVATE})
+    status = PROBLEMS[problem.code][0]
+    return request.bell.pages.show(request, "error.html", answer_status=status, status=status)
 
 
 def session_cookie(settings: Settings, value: str, seconds: int) -> Cookie:
@@ -2079,8 +2085,10 @@ def session_cookie(settings: Settings, value: str, seconds: int) -> Cookie:
     return Cookie(COOKIE, value=value, max_age=seconds, httponly=True, samesite="lax", secure=secure)
 
 
-def page(path: str, by: str, template: str, names: str) -> HTTPRouteHandler:
+def page(path: str, by: str, template: str, words: str) -> HTTPRouteHandler:
     """A page that is a template and the statements it shows, by the names of their columns."""
+
+    names = words.split()
 
     async def show(request: Ask) -> Response[Any]:
         asked = {name: request.query_params.get(name) == "1" for name in ("unread", "archived")}
@@ -2095,13 +2103,13 @@ def page(path: str, by: str, template: str, names: str) -> HTTPRouteHandler:
         items = encode([asked | rest | {"user_id": request.user.user_id}])
         db = request.mine.bind(**rest, items=items)
         row: dict[str, Any] = {"push_key": request.bell.outbound.public_key}
-        for name in names.split():
-            told = plain(await db.one(name, **request.path_params if name == "get_notification" else {}))
-            row |= told.get("answer", told)
+        own = {name: request.path_params if name == "get_notification" else {} for name in names}
+        for told in await asyncio.gather(*(db.one(name, **given) for name, given in own.items())):
+            row |= plain(told.get("answer", told))
         shown = {part: row for part, column in PAGE_PARTS.items() if column in row}
-        return request.bell.pages.show(request, template, **row | shown)
+        return request.bell.pages.show(request, template, 200, **row | shown)
 
-    unknown: dict[Any, Any] = {Problem: show_way_in}
+    unknown: dict[Any, Any] = {Problem: show_page_error}
     handler = HTTPRouteHandler(
         path, http_method="GET", by=by, include_in_schema=False, exception_handlers=unknown
     )
@@ -2702,7 +2710,9 @@ def listen(settings: Settings) -> socket.socket:
     where = (settings.host, settings.port)
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        return socket.create_server(where, family=family, backlog=2048)
+        listener = socket.create_server(where, family=family, backlog=2048)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it: 40 ms an answer
+        return listener
     except OSError as error:
         raise StartError(f"cannot listen on {where[0]}:{where[1]}: {error.strerror or error}") from None
 

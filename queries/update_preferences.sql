@@ -1,8 +1,9 @@
 -- Merges a JSON patch into a user's choices and contact: absent keeps, null empties; in events,
--- null removes a pattern or a channel of it. The user's own wish for e-mail ends an unsubscription.
+-- null removes a pattern or a channel of it. The user's own wish for e-mail ends an unsubscription and
+-- forgives an address its bounces.
 WITH wanted_again AS (
     DELETE FROM suppressions
-    WHERE user_id = %(user_id)s::text AND channel = 'email' AND reason = 'unsubscribed'
+    WHERE user_id = %(user_id)s::text AND channel = 'email'
       AND %(by_user)s::boolean AND %(patch)s::jsonb -> 'email_enabled' = 'true'
 ),
 -- Merged in the update itself, so into the first row that another request has just added as well.

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, problem
+from conftest import Running, app, problem
 from peers import Hookbox, Mailbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -143,23 +143,16 @@ def test_stats_count_by_channel_and_status_and_tell_how_late_the_oldest_is(
 
 
 def test_an_admin_sees_why_a_delivery_waits(
-    delivering: Any, fail: Any, api: httpx.Client, post: Post, mailbox: Mailbox, alice: httpx.Client, sign_in: Any,
-    service: Running, sql: Sql,
-) -> None:  # fmt: skip
-    """Also in the timeline of a notification of its own."""
+    fail: Any, api: httpx.Client, alice: httpx.Client, sign_in: Any, service: Running, sql: Sql
+) -> None:
+    """Also in the timeline of a notification of the admin's own; a user does not."""
     [id] = fail(1)
     sql("UPDATE outbox SET state = 'pending', available_at = now() + interval '1 hour', last_error = '451 busy'")
     sql("UPDATE deliveries SET status = 'queued', last_error = NULL")
     [waiting] = api.get("/api/deliveries?status=queued").json()["deliveries"]
     assert waiting["last_error"] == "451 busy"
-    cookie = {app_cookie(): sign_in("alice", admin=True)}
+    cookie = {app.COOKIE: sign_in("alice", admin=True)}
     [delivery] = httpx.get(f"{service.url}/api/notifications/{id}", cookies=cookie).json()["deliveries"]
     assert delivery["last_error"] == "451 busy"
     [delivery] = alice.get(f"/api/notifications/{id}").json()["deliveries"]
     assert delivery["last_error"] is None
-
-
-def app_cookie() -> str:
-    from conftest import app
-
-    return app.COOKIE

@@ -18,10 +18,13 @@ import app
 Json = dict[str, Any]
 Client = Callable[..., httpx.Client]
 NOTE = {"user_id": "alice", "event_name": "comment.created", "title": "A comment", "body": "Inside"}
-BROWSER = {"endpoint": "https://push.example.org/1", "keys": {
-    "p256dh": "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4",
-    "auth": "BTBZMqHH6r4Tts7J_aSIgg",
-}}
+BROWSER = {
+    "endpoint": "https://push.example.org/1",
+    "keys": {
+        "p256dh": "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4",
+        "auth": "BTBZMqHH6r4Tts7J_aSIgg",
+    },
+}
 JSON = {"Content-Type": "application/json"}
 HOOK = {"url": "https://127.0.0.1:9/", "user_id": "alice", "min_severity": "info"}  # inside: refused
 
@@ -70,10 +73,12 @@ class Described:
         return reply.json()
 
     def ask(self, client: httpx.Client, request: str, body: Any = None, /, **parts: Any) -> Any:
-        """Send a request such as `GET /api/users/{user_id}` and check what comes."""
+        """Send a request such as `GET /api/users/{user_id}`, which is to succeed, and check what comes."""
         method, path = request.split()
         given = {} if body is None else {"content": json.dumps(body), "headers": JSON}
-        return self.check(method, path, client.request(method, path.format(**parts), **given))
+        reply = client.request(method, path.format(**parts), **given)
+        assert reply.status_code < 400, f"{request} answered {reply.status_code}: {reply.text[:300]}"
+        return self.check(method, path, reply)
 
 
 @pytest.fixture
@@ -227,7 +232,8 @@ def test_the_answers_to_admins_are_as_described(
     assert described.check("GET", "/api/deliveries", narrowed)["next_cursor"]
     described.ask(program, "GET /api/stats")
     described.ask(program, "POST /api/deliveries/{id}/retry", id=failed[0]["id"])
-    described.ask(program, "POST /api/deliveries/{id}/retry", id=failed[0]["id"])
+    again = program.post(f"/api/deliveries/{failed[0]['id']}/retry")
+    assert described.check("POST", "/api/deliveries/{id}/retry", again)["code"] == "conflict"
     described.ask(program, "POST /api/deliveries/retry", {})
     described.ask(program, "GET /api/stats")
     described.ask(program, "PATCH /api/webhooks/{id}", {"enabled": False}, id=hook)

@@ -1,0 +1,116 @@
+"""Messages through the worker with a channel that does nothing, beside PgQueuer with a job that does nothing.
+
+Both on the same PostgreSQL in the same run, one process each in turn: claimed and finished in the database.
+    .venv/bin/pip install -q pgqueuer && .venv/bin/python tests/bench/messages.py
+"""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import psycopg
+import uvloop
+from pgqueuer import PgQueuer
+from pgqueuer.db import PsycopgDriver
+from pgqueuer.queries import Queries
+from psycopg.types.json import set_json_loads
+
+import app
+
+MESSAGES = int(os.environ.get("MESSAGES", "30000"))
+AT_ONCE = 4000
+SECRET = "a secret that is only good for benches, 32 bytes or more"
+
+
+async def nothing(_: app.Outgoing) -> app.Outcome:
+    return app.Outcome("sent")
+
+
+async def with_bellhop(url: str, home: str) -> float:
+    """Seconds for the worker to claim and finish all messages, each with its look at the notification."""
+    settings = app.load_settings({
+        "DATABASE_URL": url, "BELLHOP_HOME": home, "BELLHOP_SECRET": SECRET, "BELLHOP_EMAIL_PER_MINUTE": "0",
+        "BELLHOP_DELIVERY_CONCURRENCY": str(AT_ONCE), "BELLHOP_SMTP_URL": "smtp://127.0.0.1:1",
+        "BELLHOP_MAIL_FROM": "bellhop@example.org",
+    })  # fmt: skip
+    await app.prepare(settings)
+    service = app.Service(settings)
+    await service.pool.open(wait=True)
+    storing = asyncio.create_task(service.intake.run())
+    async with await app.connect(url) as connection:
+        await connection.execute(
+            "INSERT INTO notification_preferences (user_id, email, email_enabled)"
+            f" SELECT 'user-' || n, 'a@example.org', true FROM generate_series(1, {MESSAGES}) AS n"
+        )
+        asked = app.NotificationCreate(event_name="bench", title="A title", body="A body", severity="warning")
+        for first in range(1, MESSAGES + 1, 500):
+            await service.intake.ask([app.make_item(f"user-{first + n}", asked) for n in range(500)])
+        await connection.execute("ANALYZE")
+        worker, started = service.worker, time.perf_counter()
+        worker.ways = {"email": nothing}
+        loops = [asyncio.create_task(run()) for run in (worker.claim_loop, worker.finish_loop)]
+        left = True
+        while left:
+            await asyncio.sleep(0.02)
+            row = await (
+                await connection.execute("SELECT FROM outbox WHERE state <> 'sent' LIMIT 1")
+            ).fetchone()
+            left = row is not None
+        seconds = time.perf_counter() - started
+        sent = await (
+            await connection.execute("SELECT count(*) FROM deliveries WHERE status = 'sent'")
+        ).fetchone()
+        assert sent == (MESSAGES,), f"{sent} of {MESSAGES} sent"
+    for task in (storing, *loops):
+        task.cancel()
+    await asyncio.gather(storing, *loops, return_exceptions=True)
+    await service.pool.close()
+    return seconds
+
+
+async def with_pgqueuer(url: str) -> float:
+    """Seconds for PgQueuer to claim and finish as many jobs."""
+    connection = await psycopg.AsyncConnection.connect(url, autocommit=True)
+    set_json_loads(json.loads, connection)  # the service reads JSON its own way
+    driver = PsycopgDriver(connection)
+    queries = Queries(driver)
+    await queries.install()
+    for _ in range(0, MESSAGES, 1000):
+        await queries.enqueue(["nothing"] * 1000, [None] * 1000, [0] * 1000)
+    await connection.execute("ANALYZE")
+    queue, done = PgQueuer(driver), 0
+    started = time.perf_counter()
+
+    @queue.entrypoint("nothing")
+    async def work(_: object) -> None:
+        nonlocal done
+        done += 1
+        if done == MESSAGES:
+            queue.shutdown.set()
+
+    await queue.run(batch_size=1000)
+    seconds = time.perf_counter() - started
+    assert done == MESSAGES
+    await connection.close()
+    return seconds
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="bellhop-bench-") as home:
+        os.chmod(home, 0o755)
+        with app.embedded_postgres(Path(home) / "data") as url:
+            ours = MESSAGES / uvloop.run(with_bellhop(url, home))
+            theirs = MESSAGES / uvloop.run(with_pgqueuer(url))
+    print(f"Bellhop   {ours:8,.0f} messages/s claimed, looked at and finished")
+    print(f"PgQueuer  {theirs:8,.0f} jobs/s")
+    print(f"{'kept  ' if ours >= 1.5 * theirs else 'BROKEN'}  at least 1.5 of PgQueuer: {ours / theirs:.2f}")
+
+
+if __name__ == "__main__":
+    main()
