@@ -1139,13 +1139,10 @@ BUSY_HOUR = """
          generate_series(0, (12 + 9 * sin(m / 6.0) + mod(m * 7, 5))::int) k"""
 
 
-@pytest.mark.skipif(
-    not os.environ.get("PICTURES"), reason="PICTURES names the folder for the README's pictures"
-)
 def test_pictures(
-    device: Devices, shop: Shop, service: Running, post: Post, api: httpx.Client, sql: Sql
+    device: Devices, shop: Shop, service: Running, post: Post, api: httpx.Client, sql: Sql, tmp_path: Path
 ) -> None:
-    folder = Path(os.environ["PICTURES"])
+    folder = Path(os.environ.get("PICTURES") or tmp_path)
     fail_a_delivery(post, api, sql)
     sql(BUSY_HOUR)
     sql("UPDATE notifications SET archived_at = now()")

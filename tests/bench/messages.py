@@ -103,7 +103,7 @@ async def with_pgqueuer(url: str) -> float:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bellhop-bench-") as home:
-        os.chmod(home, 0o755)
+        Path(home).chmod(0o755)
         with app.embedded_postgres(Path(home) / "data") as url:
             ours = MESSAGES / uvloop.run(with_bellhop(url, home))
             theirs = MESSAGES / uvloop.run(with_pgqueuer(url))
