@@ -1367,7 +1367,7 @@ class Metrics:
         )
         gauge = functools.partial(prometheus_client.Gauge, registry=self.registry)
         self.oldest = gauge("bellhop_oldest_due_seconds", "Age of the oldest message that is due")
-        self.statuses = gauge("bellhop_deliveries", "Deliveries by channel and status", ["channel", "status"])
+        self.statuses = gauge("bellhop_deliveries", "Deliveries by outcome", ["channel", "status", "reason"])
         self.breakers = gauge("bellhop_breaker_open", "1 while a provider is paused", ["provider"])
         self.pool = gauge("bellhop_pool", "Database connections and waiting requests", ["what"])
 
@@ -2234,6 +2234,12 @@ class Loops:
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
 
 
+async def count_answer(message: Any, scope: Scope) -> None:
+    """Count an answer by its route, not by its path, of which there are endless ones."""
+    if message["type"] == "http.response.start":
+        METRICS.requests.labels(scope.get("path_template", ""), message["status"]).inc()
+
+
 class Operations(Controller):
     """What operators and their tools ask for."""
 
@@ -2261,8 +2267,8 @@ class Operations(Controller):
         METRICS.oldest.set(stats["oldest_due_seconds"] or 0)
         METRICS.statuses.clear()
         METRICS.breakers.clear()
-        for row in stats["counts"]:
-            METRICS.statuses.labels(row["channel"], row["status"]).set(row["n"])
+        for row in stats["outcomes"]:
+            METRICS.statuses.labels(row["channel"], row["status"], row["reason"]).set(row["n"])
         for row in stats["breakers"]:
             METRICS.breakers.labels(row["provider"]).set(row["paused_until"] is not None)
         for what in ("pool_size", "pool_available", "requests_waiting"):
@@ -2536,11 +2542,22 @@ def first_line(error: BaseException) -> str:
 
 
 async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Run schema.sql; it locks, refuses a newer database, and is idempotent."""
+    """Run schema.sql unless this very file was the last one run: it locks tables that others may be using.
+    It refuses a newer database and is idempotent."""
     if connection.info.server_version < 140000:
         raise StartError(f"PostgreSQL 14 or later is needed, not {connection.info.server_version // 10000}")
+    text = (HERE / "schema.sql").read_bytes()
+    digest = {"digest": hashlib.sha256(text).hexdigest()}
     try:
-        await connection.execute((HERE / "schema.sql").read_bytes())
+        with contextlib.suppress(psycopg.errors.UndefinedTable):
+            cursor = await connection.execute(QUERIES["get_schema"].text, digest)
+            if await cursor.fetchone():
+                return
+        await connection.execute(text)
+        await connection.execute(QUERIES["record_schema"].text, digest)
+    except psycopg.errors.DeadlockDetected:  # with a process that started beside us: it was faster
+        await asyncio.sleep(0.2)
+        await apply_schema(connection)
     except psycopg.Error as error:
         raise StartError(f"schema.sql does not apply: {first_line(error)}") from None
 
@@ -2612,6 +2629,7 @@ def create_app(settings: Settings) -> Litestar:
         lifespan=[lifespan],
         exception_handlers={Exception: answer_error},
         before_request=cast("Any", admit),
+        before_send=[count_answer],
         request_class=Ask,
         request_max_body_size=BODY_BYTES,
         response_headers={"X-Content-Type-Options": "nosniff"},

@@ -30,6 +30,7 @@ END $$;
 
 CREATE TABLE IF NOT EXISTS schema_version (
     version     integer NOT NULL CONSTRAINT schema_version_pkey PRIMARY KEY,
+    digest      text,                   -- SHA-256 of the file that was applied last
     applied_at  timestamptz NOT NULL DEFAULT now()
 );
 COMMENT ON TABLE schema_version IS 'one row: the newest release that shaped this database';

@@ -22,7 +22,7 @@ from pytest_postgresql import factories
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peers import Mailbox, hookbox, mailbox, pushbox  # noqa: F401  fixtures are found by name here
+from peers import MARKER, Mailbox, hookbox, mailbox, pushbox  # noqa: F401  fixtures are found by name here
 
 import app
 
@@ -251,12 +251,19 @@ def post(api: httpx.Client) -> Callable[..., dict[str, Any]]:
     """Send a notification to a user and give it back."""
 
     def send(user_id: str = "alice", **fields: Any) -> dict[str, Any]:
-        body = {"user_id": user_id, "event_name": "comment.created", "title": "A comment", "body": "Inside"} | fields
-        reply = api.post("/api/notifications", json=body)
+        usual = {"event_name": "comment.created", "title": "A comment", "body": MARKER, "data": {"inside": MARKER}}
+        reply = api.post("/api/notifications", json={"user_id": user_id} | usual | fields)
         assert reply.status_code in (200, 201), reply.text
         return reply.json()["notification"]
 
     return send
+
+
+@pytest.fixture(autouse=True)
+def no_body_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a test does; what the peers hear is checked when they close."""
+    yield
+    assert MARKER not in caplog.text
 
 
 @pytest.fixture

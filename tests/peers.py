@@ -38,6 +38,7 @@ from cryptography.x509.oid import NameOID
 
 from app import Line, Outbound, Outcome, Outgoing
 
+MARKER = "marker-of-what-stays-inside"  # in every body and data that `post` sends
 HANG = "hang"  # answer nothing, keep the connection
 DROP = "drop"  # close the connection without an answer
 LOSE = "lose"  # take the mail, then close the connection before saying so
@@ -545,11 +546,24 @@ def deliver(settings: Any, *messages: Outgoing, trust: bytes = b"", together: bo
 
 @contextlib.contextmanager
 def running(peer: Any) -> Iterator[Any]:
-    """The peer, closed in the end."""
+    """The peer, closed in the end; whatever a test is about, no body may have reached it."""
     try:
         yield peer
     finally:
         peer.close()
+    assert MARKER not in heard(peer)
+
+
+def heard(peer: Any) -> str:
+    """Everything that reached a peer, as sent and as its reader sees it."""
+    told = [f"{hit.path} {hit.headers} {hit.body!r}" for hit in getattr(peer, "requests", [])]
+    for message in getattr(peer, "messages", []):
+        if isinstance(message, Letter):
+            parts = [str(part.get_content()) for part in message.message.walk() if not part.is_multipart()]
+            told += [repr(message.raw), str(message.message.items()), *parts]
+        else:
+            told.append(json.dumps(message))
+    return "\n".join(told)
 
 
 @pytest.fixture
