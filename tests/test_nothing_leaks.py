@@ -68,7 +68,7 @@ def test_no_error_and_no_metric_repeats_what_was_sent(
     api: httpx.Client, service: Running, sql: Sql, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="bellhop")
-    bodies = [NOTE | {"severity": MARKER}, NOTE | {"title": None}, NOTE | {"user_id": ""}]
+    bodies = [NOTE | {"severity": "loud"}, NOTE | {"title": None}, NOTE | {"user_id": ""}]
     replies = [api.post("/api/notifications", json=body) for body in bodies]
     replies.append(api.post("/api/notifications", content=f'{{"body": "{MARKER}', headers={"Content-Type": "application/json"}))
     sql("ALTER TABLE notifications ADD CONSTRAINT no_more CHECK (event_name <> 'trap')")
