@@ -1434,7 +1434,7 @@ class Worker:
             alone=alone,
             share=share,
             busy=encode(busy),
-            mail=self.outbound.smtp is not None,
+            mail=bool(self.settings.smtp_url),
         )
         for message in messages:
             task = asyncio.create_task(self.deliver(message))
@@ -2600,7 +2600,8 @@ def describe_api() -> bytes:
     """The API as OpenAPI: paths and bodies as the code has them, answers as SQL gives them. Made apart
     from the app that serves: Litestar would add pages of its own that load scripts from elsewhere."""
     config = OpenAPIConfig("Bellhop", VERSION, create_examples=False, use_handler_docstrings=True)
-    schema = Litestar(ROUTES, openapi_config=config, request_class=Ask).openapi_schema.to_schema()
+    kept = {"request_class": Ask, "logging_config": None}  # or Litestar would turn on everybody's INFO
+    schema = Litestar(ROUTES, openapi_config=config, **cast("Any", kept)).openapi_schema.to_schema()
     told = msgspec.json.decode((HERE / "templates/openapi.json").read_bytes())
     told["components"]["schemas"] = schema["components"]["schemas"] | told["components"]["schemas"]
     for method, path, by, errors, answers in told["operations"]:

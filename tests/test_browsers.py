@@ -12,36 +12,6 @@ ENDPOINT = "https://push.example.com/send/1?x=y"
 OWNERS = "SELECT user_id, endpoint FROM push_subscriptions ORDER BY 1, 2"
 
 
-def test_a_browser_registers_once_and_again_with_new_keys(alice: httpx.Client, sql: Sql) -> None:
-    first = alice.post("/api/push/subscriptions", json=browser(ENDPOINT) | {"expirationTime": None})
-    assert first.status_code == 201 and first.json().keys() == {"id"}
-    again = browser(ENDPOINT)
-    again["keys"]["auth"] = "AAAAAAAAAAAAAAAAAAAAAA"
-    second = alice.post("/api/push/subscriptions", json=again)
-    assert second.status_code == 200 and second.json() == first.json()
-    assert sql("SELECT auth FROM push_subscriptions") == [("AAAAAAAAAAAAAAAAAAAAAA",)]
-    assert alice.post("/api/push/subscriptions", json=browser(ENDPOINT + "2")).status_code == 201
-
-
-def test_another_users_browser_moves_to_whom_it_registers_for(
-    alice: httpx.Client, bob: httpx.Client, sql: Sql
-) -> None:
-    alice.post("/api/push/subscriptions", json=browser(ENDPOINT))
-    alice.post("/api/push/subscriptions", json=browser(ENDPOINT + "2"))
-    assert bob.post("/api/push/subscriptions", json=browser(ENDPOINT)).status_code == 201
-    assert sql(OWNERS) == [("alice", ENDPOINT + "2"), ("bob", ENDPOINT)]
-
-
-def test_forgetting_a_browser_is_204_also_when_there_was_none(
-    alice: httpx.Client, bob: httpx.Client, sql: Sql
-) -> None:
-    alice.post("/api/push/subscriptions", json=browser(ENDPOINT))
-    for one in (bob, alice, alice):
-        reply = one.request("DELETE", "/api/push/subscriptions", json={"endpoint": ENDPOINT})
-        assert reply.status_code == 204 and reply.content == b""
-        assert len(sql(OWNERS)) == (one is bob)
-
-
 def test_equal_registrations_at_once_are_one_browser(service: Running, sql: Sql) -> None:
     async def register_all() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=service.url, trust_env=False) as client:

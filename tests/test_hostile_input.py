@@ -1,6 +1,7 @@
 """Whatever is sent: a 4xx in the one shape that names what is wrong, and nothing stored."""
 
 import json
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,8 @@ TEXTS = {  # every text of a notification and the longest it may be
 
 
 @pytest.fixture
-def nothing_stored(contents: Callable[[], Json]) -> Iterator[None]:
-    """The database is the same after the test."""
+def nothing_stored(service: Running, contents: Callable[[], Json]) -> Iterator[None]:
+    """The database is the same after the test as it was when the service had started."""
     before = contents()
     yield
     assert contents() == before
@@ -506,3 +507,12 @@ def test_an_error_repeats_no_secret(service: Running, api: httpx.Client) -> None
     assert marker not in httpx.post(f"{service.url}/login", json={"token": marker}).text
     for body in ({"title": 5, "body": marker}, {"body": marker}, GOOD | {"data": marker}):
         assert marker not in api.post("/api/notifications", json=body).text
+
+
+def test_no_request_turns_the_logs_of_others_on(service: Running, alice: httpx.Client) -> None:
+    """At INFO, libraries write down addresses."""
+    level, handlers = logging.root.level, list(logging.root.handlers)
+    for path in ("/openapi.json", "/metrics", "/", "/login", "/health/ready"):
+        assert alice.get(path).status_code == 200
+    assert (logging.root.level, logging.root.handlers) == (level, handlers)
+    assert logging.root.level >= logging.WARNING

@@ -1,15 +1,14 @@
-"""What programs do for users: contact, export, erase, tokens, settling a subject, notifications for later."""
+"""What programs do for users: contact, export, erase, tokens, settling a subject."""
 
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
 
 import httpx
 import jwt
 import pytest
-from conftest import SECRET, Running, browser, eventually, problem, user_token
+from conftest import SECRET, Running, browser, problem, user_token
 
 Json = dict[str, Any]
 Post = Callable[..., Json]
@@ -186,58 +185,3 @@ def test_resolving_keeps_the_moment_at_which_one_was_read(
     assert sender.post("/api/resolve", json={"subject_key": "s"}).json() == {"resolved": 1}
     after = alice.get(f"/api/notifications/{sent['id']}").json()["notification"]
     assert after["read_at"] == read["read_at"] and after["archived_at"]
-
-
-# ─── For later ───
-
-
-def test_a_notification_for_later_waits_and_can_be_cancelled(
-    sender: httpx.Client, alice: httpx.Client, sql: Sql
-) -> None:
-    due = soon(hours=2)
-    reply = sender.post("/api/notifications", json=NOTE | {"deliver_at": due})
-    assert reply.status_code == 202 and reply.json().keys() == {"scheduled"}
-    scheduled = reply.json()["scheduled"]
-    assert scheduled.keys() == {"id", "due_at"}
-    assert datetime.fromisoformat(scheduled["due_at"]) == datetime.fromisoformat(due)
-    assert alice.get("/api/unread-count").json() == {"unread_count": 0}
-    assert sql("SELECT count(*) FROM intake") == [(1,)]
-    assert sender.delete(f"/api/scheduled/{scheduled['id']}").status_code == 204
-    assert sql("SELECT count(*) FROM intake") == [(0,)]
-    problem(sender.delete(f"/api/scheduled/{scheduled['id']}"), 404)
-    problem(sender.delete(f"/api/scheduled/{uuid4()}"), 404)
-
-
-def test_a_notification_for_later_is_checked_now(sender: httpx.Client, contents: Callable[[], Json]) -> None:
-    before = contents()
-    for wrong in ("tomorrow", "2030-01-01", "2030-01-01T00:00:00", 5, "", {}):
-        problem(sender.post("/api/notifications", json=NOTE | {"deliver_at": wrong}), 400, "deliver_at")
-    later = {"deliver_at": soon(hours=1)}
-    problem(sender.post("/api/notifications", json=NOTE | later | {"title": ""}), 400, "title")
-    problem(
-        sender.post("/api/notifications", json=NOTE | later | {"data": {"n": float("1e308")}, "x": 1}),
-        400,
-        "x",
-    )
-    bad = json.dumps(NOTE | later)[:-1] + ', "data": {"n": 1e999999}}'
-    problem(sender.post("/api/notifications", content=bad, headers={"Content-Type": "application/json"}), 400)
-    assert contents() == before
-
-
-def test_what_is_due_is_stored_exactly_once(
-    sender: httpx.Client, serve: Callable[..., Running], alice: httpx.Client, sql: Sql
-) -> None:
-    for number in range(20):
-        body = NOTE | {"title": f"{number}", "deliver_at": soon(seconds=0.3), "resource_id": f"{number}"}
-        assert sender.post("/api/notifications", json=body).status_code == 202
-    sql("INSERT INTO intake (payload) VALUES (%s), (%s), (%s)", json.dumps(NOTE | {"title": "written"}),
-        json.dumps(NOTE | {"title": ""}), '{"nonsense": 1}')  # fmt: skip
-    for _ in range(2):  # two workers on one database
-        serve(poll_seconds=0.1)
-    eventually(lambda: sql("SELECT count(*) FROM intake WHERE error IS NULL") == [(0,)])
-    stored = [note["title"] for note in alice.get("/api/notifications?limit=100").json()["notifications"]]
-    assert sorted(stored) == sorted([*(f"{number}" for number in range(20)), "written"])
-    keys = sql("SELECT idempotency_key FROM notifications WHERE title = '7'")
-    assert keys == [("alice:comment.created:7",)]
-    errors = sql("SELECT error FROM intake ORDER BY error")
-    assert len(errors) == 2 and any("title" in error for (error,) in errors)

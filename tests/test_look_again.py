@@ -160,7 +160,7 @@ def test_without_a_mail_server_the_channel_is_off_and_nothing_waits_for_ever(
     body = {"user_id": "carol", "event_name": "e", "title": "t", "body": "", "severity": "critical"}
     api.post("/api/notifications", json=body)
     drain()
-    assert sql("SELECT status, reason FROM deliveries") == [("suppressed", "preference_off")]
+    assert sql("SELECT status, reason, last_error FROM deliveries") == [("suppressed", "preference_off", None)]
 
 
 def test_an_erased_user_gets_nothing(

@@ -88,7 +88,7 @@ def test_send_also_shortens_the_wait_for_a_retry(
 def test_skip_lets_it_never_leave(
     post: Post, alice: httpx.Client, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
 ) -> None:
-    id = next(post(severity="warning", batch_key="k") for _ in range(3))["id"]
+    id, *_ = [post(severity="warning", batch_key="k")["id"] for _ in range(3)]
     [waiting] = outbox(alice)
     assert alice.post(f"/api/outbox/{waiting['id']}/skip").status_code == 200
     assert outbox(alice) == []

@@ -19,7 +19,7 @@ UUID = re.compile(r"/n/([0-9a-f-]{36})")
 TIME_PASSES = [
     "UPDATE outbox SET available_at = now() WHERE state IN ('open', 'pending') AND user_id = ANY(%s)",
     "UPDATE rate_limits SET minute = minute - interval '1 minute' WHERE user_id = ANY(%s)",
-    "UPDATE breakers SET paused_until = now() WHERE paused_until IS NOT NULL AND %s IS NOT NULL",
+    "UPDATE breakers SET paused_until = now() WHERE paused_until IS NOT NULL AND %s::text[] IS NOT NULL",
 ]
 severity = st.sampled_from(["info", "warning", "warning", "warning", "critical"])
 key = st.sampled_from([None, "a", "a", "b"])
@@ -93,7 +93,7 @@ class World:
         self.clients[user].patch("/api/preferences", json={"events": events})
 
     def night(self, user: int, on: bool) -> None:
-        self.sql("UPDATE notification_preferences SET quiet_from = CASE WHEN %s THEN t.now - interval '1 hour' END,"
+        self.sql("UPDATE notification_preferences SET quiet_from = CASE WHEN %s::boolean THEN t.now - interval '1 hour' END,"
                  " quiet_to = t.now + interval '1 hour' FROM (SELECT (now() AT TIME ZONE 'UTC')::time AS now) t"
                  " WHERE user_id = %s", on, self.users[user])  # fmt: skip
 
@@ -137,8 +137,6 @@ class World:
             self.drain()
             if not self.sql("SELECT 1 FROM outbox WHERE user_id = ANY(%s) AND state IN ('open', 'pending')", self.users):
                 break
-        for client in self.clients:
-            client.close()
 
     def check(self) -> None:
         rows = self.sql("SELECT notification_id::text, channel, target, status, reason, message_id::text, sent_at"
@@ -195,12 +193,13 @@ def test_all_messages_together_are_the_events_and_each_ends_once(
     @given(st.lists(STEP, min_size=3, max_size=25))
     def check(steps: list[Any]) -> None:
         world = World(next(numbers), service, api, sql, (mailbox, hookbox, pushbox), drain)
-        for step in steps:
-            if step == ("drain",):
-                drain()
-            else:
+        try:
+            for step in steps:
                 world.do(*step)
-        world.end()
-        world.check()
+            world.end()
+            world.check()
+        finally:
+            for user in world.clients:
+                user.close()
 
     check()

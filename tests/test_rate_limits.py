@@ -230,7 +230,7 @@ def test_no_limit_is_no_limit(delivering: Any, sql: Sql, burst: Any, reach: Any,
     other = delivering(email_per_minute=0, delivery_concurrency=0)
     reach("alice", email="alice@example.org", email_enabled=True)
     asked = app.NotificationCreate(event_name="e", title="t", body="", severity="critical")
-    other.call(other.service.intake.create([app.make_item("alice", asked) for _ in range(40)]))
+    other.call(other.service.intake.ask([app.make_item("alice", asked) for _ in range(40)]))
     drain()
     assert len(mailbox.messages) == 40
 
