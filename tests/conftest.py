@@ -53,7 +53,9 @@ def load_schema(**parts: Any) -> None:
     """Fill the template that every test's database is copied from."""
 
     async def apply() -> None:
-        async with await app.connect(make_conninfo(**{name: value for name, value in parts.items() if value})) as one:
+        async with await app.connect(
+            make_conninfo(**{name: value for name, value in parts.items() if value})
+        ) as one:
             await app.apply_schema(one)
 
     asyncio.run(apply())
@@ -115,7 +117,9 @@ class Running:
         self.database = settings.database_url
         self.app = app.create_app(self.settings)
         self.service = self.app.state.service
-        config = uvicorn.Config(self.app, log_level="warning", access_log=False, proxy_headers=False, ws="none")
+        config = uvicorn.Config(
+            self.app, log_level="warning", access_log=False, proxy_headers=False, ws="none"
+        )
         self.ready = threading.Event()
         self.server = QuickServer(config, self.service, lambda url: self.ready.set())
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -151,10 +155,14 @@ class Running:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        if ending := getattr(self.server, "ending", None):
+        if self.thread.is_alive() and (ending := getattr(self.server, "ending", None)):
             self.loop.call_soon_threadsafe(ending.set)
         self.thread.join(DEADLINE)
-        busy = [str(task.get_stack()[-1:]) for task in asyncio.all_tasks(self.loop)] if self.thread.is_alive() else []
+        busy = (
+            [str(task.get_stack()[-1:]) for task in asyncio.all_tasks(self.loop)]
+            if self.thread.is_alive()
+            else []
+        )
         assert not self.thread.is_alive(), f"the service did not stop: {busy}"
         self.listener.close()
 
@@ -250,13 +258,17 @@ def user_token(user_id: str) -> str:
 
 
 @pytest.fixture
-def api(service: Running, client: Callable[..., httpx.Client], make_key: Callable[[str], str]) -> httpx.Client:
+def api(
+    service: Running, client: Callable[..., httpx.Client], make_key: Callable[[str], str]
+) -> httpx.Client:
     """A program with an admin key."""
     return client(service.url, make_key("admin"))
 
 
 @pytest.fixture
-def sender(service: Running, client: Callable[..., httpx.Client], make_key: Callable[[str], str]) -> httpx.Client:
+def sender(
+    service: Running, client: Callable[..., httpx.Client], make_key: Callable[[str], str]
+) -> httpx.Client:
     """A program with a send key."""
     return client(service.url, make_key("send"))
 
@@ -276,7 +288,12 @@ def post(api: httpx.Client) -> Callable[..., dict[str, Any]]:
     """Send a notification to a user and give it back."""
 
     def send(user_id: str = "alice", **fields: Any) -> dict[str, Any]:
-        usual = {"event_name": "comment.created", "title": "A comment", "body": MARKER, "data": {"inside": MARKER}}
+        usual = {
+            "event_name": "comment.created",
+            "title": "A comment",
+            "body": MARKER,
+            "data": {"inside": MARKER},
+        }
         reply = api.post("/api/notifications", json={"user_id": user_id} | usual | fields)
         assert reply.status_code in (200, 201), reply.text
         return reply.json()["notification"]
@@ -323,7 +340,9 @@ def contents(sql: Callable[..., Any]) -> Callable[[], dict[str, list[str]]]:
 
     def look() -> dict[str, list[str]]:
         tables = [name for (name,) in sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
-        rows = {table: sql(f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables if table != "api_keys"}
+        rows = {
+            table: sql(f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables if table != "api_keys"
+        }
         return {table: [text for (text,) in found] for table, found in rows.items()}
 
     return look

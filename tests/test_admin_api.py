@@ -19,7 +19,9 @@ def service(delivering: Callable[..., Running]) -> Running:
 
 
 @pytest.fixture
-def fail(api: httpx.Client, reach: Any, post: Post, mailbox: Mailbox, hookbox: Hookbox, drain: Any) -> Callable[..., Any]:
+def fail(
+    api: httpx.Client, reach: Any, post: Post, mailbox: Mailbox, hookbox: Hookbox, drain: Any
+) -> Callable[..., Any]:
     """Deliveries that failed, by mail and by webhook."""
     reach("alice", email="alice@example.org", email_enabled=True)
 
@@ -44,9 +46,21 @@ def failed(api: httpx.Client, query: str = "") -> list[dict[str, Any]]:
 def test_it_lists_what_failed_with_the_providers_words(fail: Any, api: httpx.Client) -> None:
     [id] = fail(1, webhook=True)
     shown = failed(api)
-    assert {one["channel"]: one["last_error"] for one in shown} == {"email": "554 5.6.0 refused", "webhook": "500"}
+    assert {one["channel"]: one["last_error"] for one in shown} == {
+        "email": "554 5.6.0 refused",
+        "webhook": "500",
+    }
     for one in shown:
-        assert one.keys() >= {"id", "user_id", "notification_id", "channel", "target", "status", "attempts", "last_error"}
+        assert one.keys() >= {
+            "id",
+            "user_id",
+            "notification_id",
+            "channel",
+            "target",
+            "status",
+            "attempts",
+            "last_error",
+        }
         assert (one["user_id"], one["notification_id"], one["attempts"]) == ("alice", id, 1)
     assert len(failed(api, "&channel=email")) == 1 and len(failed(api, "&user_id=alice")) == 2
     assert failed(api, "&user_id=bob") == failed(api, "&channel=push") == []
@@ -74,7 +88,10 @@ def test_one_can_be_tried_again_with_a_fresh_budget(
     assert api.post(f"/api/deliveries/{first['id']}/retry").status_code == 200
     drain()
     assert len(mailbox.messages) == 1
-    assert sql("SELECT status, count(*) FROM deliveries GROUP BY 1 ORDER BY 1") == [("failed", 1), ("sent", 1)]
+    assert sql("SELECT status, count(*) FROM deliveries GROUP BY 1 ORDER BY 1") == [
+        ("failed", 1),
+        ("sent", 1),
+    ]
     assert sql("SELECT attempts, last_error FROM outbox WHERE state = 'sent'") == [(0, "554 5.6.0 refused")]
     problem(api.post(f"/api/deliveries/{first['id']}/retry"), 409)
     problem(api.post(f"/api/deliveries/{NOBODY}/retry"), 404)
@@ -147,7 +164,9 @@ def test_an_admin_sees_why_a_delivery_waits(
 ) -> None:
     """Also in the timeline of a notification of the admin's own; a user does not."""
     [id] = fail(1)
-    sql("UPDATE outbox SET state = 'pending', available_at = now() + interval '1 hour', last_error = '451 busy'")
+    sql(
+        "UPDATE outbox SET state = 'pending', available_at = now() + interval '1 hour', last_error = '451 busy'"
+    )
     sql("UPDATE deliveries SET status = 'queued', last_error = NULL")
     [waiting] = api.get("/api/deliveries?status=queued").json()["deliveries"]
     assert waiting["last_error"] == "451 busy"

@@ -40,7 +40,14 @@ def states(sql: Sql, channel: str = "email") -> dict[str, int]:
 
 
 def test_500_mails_survive_a_server_that_is_down_and_nothing_else_is_slowed(
-    service: Running, burst: Any, api: httpx.Client, post: Post, mailbox: Mailbox, hookbox: Hookbox, sql: Sql, drain: Any
+    service: Running,
+    burst: Any,
+    api: httpx.Client,
+    post: Post,
+    mailbox: Mailbox,
+    hookbox: Hookbox,
+    sql: Sql,
+    drain: Any,
 ) -> None:
     mailbox.down()
     burst(500)
@@ -62,9 +69,13 @@ def test_500_mails_survive_a_server_that_is_down_and_nothing_else_is_slowed(
     for _ in range(2):  # a probe finds it still down: one message, no attempt
         sequences = sql("SELECT sum(claim_seq) FROM outbox")[0][0]
         sql(PROBE)
-        eventually(lambda: sql(PAUSED, "email")[0][0] > 0 and not sql("SELECT 1 FROM outbox WHERE state = 'sending'"))
+        eventually(
+            lambda: sql(PAUSED, "email")[0][0] > 0 and not sql("SELECT 1 FROM outbox WHERE state = 'sending'")
+        )
         drain()
-        assert sql("SELECT sum(claim_seq), sum(attempts) FROM outbox WHERE channel = 'email'") == [(sequences + 1 - 20, 0)]
+        assert sql("SELECT sum(claim_seq), sum(attempts) FROM outbox WHERE channel = 'email'") == [
+            (sequences + 1 - 20, 0)
+        ]
     mailbox.up()
     sql(PROBE)
     eventually(lambda: len(mailbox.messages) == 500, 30)
@@ -87,10 +98,14 @@ def test_nine_faults_are_ordinary_failures_and_the_tenth_gives_all_ten_back(
     post(severity="warning")
     eventually(lambda: sql(PAUSED, "email")[0][0])
     drain()
-    assert sql("SELECT sum(attempts), count(*), bool_and(available_at <= now()) FROM outbox") == [(0, 10, True)]
+    assert sql("SELECT sum(attempts), count(*), bool_and(available_at <= now()) FROM outbox") == [
+        (0, 10, True)
+    ]
 
 
-def test_any_other_answer_ends_the_row(post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]) -> None:
+def test_any_other_answer_ends_the_row(
+    post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+) -> None:
     for answers in (["554 no"] * 9, [None], ["554 no"] * 9):
         mailbox.down()  # ends the idle connection, which would not be greeted again
         mailbox.up()
@@ -101,7 +116,9 @@ def test_any_other_answer_ends_the_row(post: Post, mailbox: Mailbox, sql: Sql, d
     assert sql("SELECT faults, paused_until FROM breakers") == [(9, None)]
 
 
-@pytest.mark.parametrize(("place", "answer"), [("RCPT", "550 5.1.1 no"), ("DATA", "451 4.3.0 no"), ("MAIL", "550 no")])
+@pytest.mark.parametrize(
+    ("place", "answer"), [("RCPT", "550 5.1.1 no"), ("DATA", "451 4.3.0 no"), ("MAIL", "550 no")]
+)
 def test_what_is_said_of_a_single_mail_is_no_fault_of_the_server(
     burst: Any, mailbox: Mailbox, sql: Sql, drain: Callable[[], None], place: str, answer: str
 ) -> None:

@@ -40,7 +40,10 @@ def test_an_endpoint_that_answers_410_is_switched_off_and_every_admin_is_told(
     assert all(f"{hookbox.url}/gone" in body for (body,) in bodies)
     shown = {one["id"]: one["enabled"] for one in api.get("/api/webhooks").json()["webhooks"]}
     assert shown[id] is False and list(shown.values()).count(True) == 1
-    ends = sql("SELECT status, count(*) FROM deliveries WHERE notification_id = %s GROUP BY 1 ORDER BY 1", first["id"])
+    ends = sql(
+        "SELECT status, count(*) FROM deliveries WHERE notification_id = %s GROUP BY 1 ORDER BY 1",
+        first["id"],
+    )
     assert ends == [("failed", 1), ("sent", 1)]
     assert sum(hit.path == "/gone" for hit in hookbox.requests) == 1, "not even about its own end"
 
@@ -136,9 +139,17 @@ def test_a_mail_that_arrives_between_two_bounces_proves_the_address_alive(
     assert sql(NOTICES) == []
 
 
-@pytest.mark.parametrize(("place", "answer"), [("DATA", "554 5.7.1 spam"), ("MAIL", "550 5.7.1 no"), ("RCPT", "450 full")])
+@pytest.mark.parametrize(
+    ("place", "answer"), [("DATA", "554 5.7.1 spam"), ("MAIL", "550 5.7.1 no"), ("RCPT", "450 full")]
+)
 def test_other_refusals_say_nothing_about_the_address(
-    mail_to_alice: None, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None], place: str, answer: str
+    mail_to_alice: None,
+    post: Post,
+    mailbox: Mailbox,
+    sql: Sql,
+    drain: Callable[[], None],
+    place: str,
+    answer: str,
 ) -> None:
     mailbox.always(place, answer)
     for _ in range(3):
@@ -148,7 +159,12 @@ def test_other_refusals_say_nothing_about_the_address(
 
 
 def test_a_user_who_asks_for_mail_again_gets_it(
-    mail_to_alice: None, post: Post, mailbox: Mailbox, alice: httpx.Client, sql: Sql, drain: Callable[[], None]
+    mail_to_alice: None,
+    post: Post,
+    mailbox: Mailbox,
+    alice: httpx.Client,
+    sql: Sql,
+    drain: Callable[[], None],
 ) -> None:
     """The mailbox was full, now it is not: switching e-mail on again in the preferences is enough."""
     mailbox.script("RCPT", *["550 5.2.2 full"] * 2)

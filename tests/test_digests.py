@@ -52,7 +52,9 @@ def test_what_was_read_before_it_leaves_is_not_sent(
     assert alice.patch("/api/notifications", json={"all": True}).json()["updated"] == 10
     sql(AGE)
     drain()
-    assert sql("SELECT status, reason, count(*) FROM deliveries GROUP BY 1, 2") == [("suppressed", "already_read", 10)]
+    assert sql("SELECT status, reason, count(*) FROM deliveries GROUP BY 1, 2") == [
+        ("suppressed", "already_read", 10)
+    ]
     assert sql("SELECT state FROM outbox") == [("void",)]
     assert not mailbox.messages
 
@@ -161,7 +163,11 @@ def test_two_first_events_at_the_same_instant_always_share_one_message(database:
             with psycopg.connect(database, autocommit=True) as connection:
                 for turn in range(500):
                     asked = app.NotificationCreate(
-                        event_name="e", title=f"{writer}", body="", severity="warning", batch_key=f"window {turn}"
+                        event_name="e",
+                        title=f"{writer}",
+                        body="",
+                        severity="warning",
+                        batch_key=f"window {turn}",
                     )
                     items = app.encode([app.make_item("alice", asked)])
                     meeting.wait(10)
@@ -185,8 +191,14 @@ def nap(name: str) -> bytes:
     """The statement, slowed down between what it sees and what it locks."""
     text = app.QUERIES[name].text.decode()
     slow = {
-        "claim_messages": ("WHERE p.name IS NOT NULL AND (b", "WHERE pg_sleep(0.3) IS NOT NULL AND p.name IS NOT NULL AND (b"),
-        "update_due_digests": ("    WHERE o.state = 'open'", "    WHERE pg_sleep(0.3) IS NOT NULL AND o.state = 'open'"),
+        "claim_messages": (
+            "WHERE p.name IS NOT NULL AND (b",
+            "WHERE pg_sleep(0.3) IS NOT NULL AND p.name IS NOT NULL AND (b",
+        ),
+        "update_due_digests": (
+            "    WHERE o.state = 'open'",
+            "    WHERE pg_sleep(0.3) IS NOT NULL AND o.state = 'open'",
+        ),
     }[name]
     assert text.count(slow[0]) == 1
     return text.replace(*slow).encode()
@@ -194,7 +206,13 @@ def nap(name: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["claim_messages", "update_due_digests"])
 def test_what_joins_between_a_look_and_its_lock_is_not_lost(
-    service: Running, post: Post, mailbox: Mailbox, database: str, sql: Sql, name: str, drain: Callable[[], None]
+    service: Running,
+    post: Post,
+    mailbox: Mailbox,
+    database: str,
+    sql: Sql,
+    name: str,
+    drain: Callable[[], None],
 ) -> None:
     """An event that joins a digest just then is not yet seen: the digest has to wait for the next look."""
     with service.paused():
@@ -202,7 +220,10 @@ def test_what_joins_between_a_look_and_its_lock_is_not_lost(
         sql(AGE)
         # In one case the digest may leave, in the other it is over the limit and would be folded.
         sql("UPDATE outbox SET token_minute = now() WHERE %s", name == "claim_messages")
-        sql("INSERT INTO rate_limits VALUES ('alice', 'email', %s, date_trunc('minute', now()), 9)", app.NO_TARGET)
+        sql(
+            "INSERT INTO rate_limits VALUES ('alice', 'email', %s, date_trunc('minute', now()), 9)",
+            app.NO_TARGET,
+        )
         bound = service.service.db.bound | {"room": 9, "alone": False, "share": 9, "busy": "{}", "mail": True}
         bound["limits"] = '{"email": 1}'
         slow = threading.Thread(target=run, args=(database, nap(name), bound))

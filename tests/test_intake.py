@@ -31,7 +31,8 @@ def program(database: str) -> Any:
 
 def put(program: psycopg.Connection, body: dict[str, Any], due_at: datetime | None = None) -> str:
     row = program.execute(
-        "INSERT INTO intake (payload, due_at) VALUES (%s, coalesce(%s, now())) RETURNING id", (Jsonb(body), due_at)
+        "INSERT INTO intake (payload, due_at) VALUES (%s, coalesce(%s, now())) RETURNING id",
+        (Jsonb(body), due_at),
     ).fetchone()
     assert row
     return str(row[0])
@@ -137,7 +138,10 @@ def test_keys_count_as_in_a_post(
 
 
 def test_a_row_may_be_for_many(service: Running, program: psycopg.Connection, sql: Sql, drain: Any) -> None:
-    put(program, {key: value for key, value in BODY.items() if key != "user_id"} | {"user_ids": ["a", "b", "c"]})
+    put(
+        program,
+        {key: value for key, value in BODY.items() if key != "user_id"} | {"user_ids": ["a", "b", "c"]},
+    )
     program.commit()
     drain()
     assert sql("SELECT user_id FROM notifications ORDER BY 1") == [("a",), ("b",), ("c",)]
@@ -154,38 +158,42 @@ def test_nothing_is_stored_for_who_switched_in_app_off(
     assert sql("SELECT count(*) FROM notifications") == [(0,)]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"title": None}, "title"), ({"title": "x" * 201}, "title"), ({"colour": 1}, "colour"),
-        ({"user_id": None}, "user_id"), ({"severity": "loud"}, "severity"), ({"target_url": "javascript:1"}, "target_url"),
-        ({"deliver_at": "2030-01-01T00:00:00Z"}, "deliver_at"), ({"user_ids": []}, "user_ids"),
-    ],
-)  # fmt: skip
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"title": None}, "title"), ({"title": "x" * 201}, "title"), ({"colour": 1}, "colour"), ({"user_id": None}, "user_id"),
+    ({"severity": "loud"}, "severity"), ({"target_url": "javascript:1"}, "target_url"), ({"user_ids": []}, "user_ids"),
+    ({"deliver_at": "2030-01-01T00:00:00Z"}, "deliver_at"),
+]  # fmt: skip
+
+
 def test_a_bad_payload_stays_with_its_reason_and_holds_nobody_up(
-    service: Running, program: psycopg.Connection, sql: Sql, drain: Callable[[], None], change: Any, words: str
+    service: Running, program: psycopg.Connection, sql: Sql, drain: Callable[[], None]
 ) -> None:
     put(program, BODY | {"title": "before"})
-    bad = put(program, BODY | change)
+    bad = {put(program, BODY | change): words for change, words in BAD}
     put(program, BODY | {"title": "after"})
     program.commit()
     drain()
     eventually(lambda: sql("SELECT count(*) FROM notifications") == [(2,)])
-    [(id, error, payload)] = sql("SELECT id::text, error, payload::text FROM intake")
-    assert id == bad and words in error and "Invoice 42" in (payload if change.keys() != {"title"} else "Invoice 42")
+    kept = dict(sql("SELECT id::text, error FROM intake WHERE payload ->> 'event_name' = 'invoice.due'"))
+    assert kept.keys() == bad.keys()
+    assert all(bad[id] in error for id, error in kept.items())
 
 
-@pytest.mark.parametrize("payload", ["[]", "1", "null", '"text"', "{}", '{"data": {"deep": ' + "[" * 40 + "]" * 40 + "}}"])
-def test_what_is_no_body_at_all_stays_too(service: Running, sql: Sql, drain: Callable[[], None], payload: str) -> None:
-    sql("INSERT INTO intake (payload) VALUES (%s::jsonb)", payload)
-    eventually(lambda: sql("SELECT 1 FROM intake WHERE error <> ''"))
-    sql("INSERT INTO intake (payload) VALUES (%s::jsonb)", app.encode(BODY))
+def test_what_is_no_body_at_all_stays_too(service: Running, sql: Sql, drain: Callable[[], None]) -> None:
+    payloads = ["[]", "1", "null", '"text"', "{}", '{"data": {"deep": ' + "[" * 40 + "]" * 40 + "}}"]
+    for payload in (*payloads, app.encode(BODY)):
+        sql("INSERT INTO intake (payload) VALUES (%s::jsonb)", payload)
+    eventually(lambda: sql("SELECT count(*) FROM intake WHERE error <> ''") == [(len(payloads),)])
     drain()
     assert sql("SELECT count(*) FROM notifications") == [(1,)]
 
 
 def test_a_payload_that_breaks_us_is_kept_and_holds_nobody_up(
-    service: Running, program: psycopg.Connection, sql: Sql, drain: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    service: Running,
+    program: psycopg.Connection,
+    sql: Sql,
+    drain: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fault of ours: it must neither stop the loop nor lose the row."""
     usual = app.make_item
@@ -259,7 +267,9 @@ def test_a_cancel_that_is_confirmed_is_never_stored_however_close(
         program = client(service.url, key)
         cancelled.extend(id for id in part if program.delete(f"/api/scheduled/{id}").status_code == 204)
 
-    threads = [threading.Thread(target=cancel, args=([str(id) for (id,) in rows[start::4]],)) for start in range(4)]
+    threads = [
+        threading.Thread(target=cancel, args=([str(id) for (id,) in rows[start::4]],)) for start in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -269,16 +279,14 @@ def test_a_cancel_that_is_confirmed_is_never_stored_however_close(
     assert sql("SELECT count(*) FROM notifications") == [(100 - len(cancelled),)]
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"deliver_at": "tomorrow"}, "deliver_at"), ({"deliver_at": "2030-01-01T00:00:00"}, "deliver_at"),
-        ({"title": ""}, "title"), ({"user_id": None, "user_ids": ["a"]}, "deliver_at"),
-    ],
-)  # fmt: skip
-def test_a_bad_body_is_refused_at_once_not_when_due(api: httpx.Client, sql: Sql, change: Any, field: str) -> None:
-    body = {key: value for key, value in (BODY | {"deliver_at": later(hours=1)} | change).items() if value is not None}
-    problem(api.post("/api/notifications", json=body), 400, field)
+def test_a_bad_body_is_refused_at_once_not_when_due(api: httpx.Client, sql: Sql) -> None:
+    good = BODY | {"deliver_at": later(hours=1)}
+    nobody = {key: value for key, value in good.items() if key != "user_id"}
+    for body, field in [
+        (good | {"deliver_at": "tomorrow"}, "deliver_at"), (good | {"deliver_at": "2030-01-01T00:00:00"}, "deliver_at"),
+        (good | {"title": ""}, "title"), (nobody | {"user_ids": ["a"]}, "deliver_at"),
+    ]:  # fmt: skip
+        problem(api.post("/api/notifications", json=body), 400, field)
     assert sql("SELECT 1 FROM intake") == []
 
 

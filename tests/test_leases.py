@@ -73,7 +73,9 @@ def test_a_worker_frozen_beyond_its_lease_changes_nothing(
             if end == "released":
                 worker("release_messages", results=app.encode([result(m, "sent") for m in owner]))
             elif end != "sending":
-                assert len(worker("finish_messages", results=app.encode([result(m, end) for m in owner]))) == 20
+                assert (
+                    len(worker("finish_messages", results=app.encode([result(m, end) for m in owner]))) == 20
+                )
             before = sql(SEEN)
             for verdict in ("sent", "retry", "dead", "gone", "bounced", "fault"):
                 assert not worker("finish_messages", results=app.encode([result(m, verdict) for m in frozen]))
@@ -113,7 +115,9 @@ def test_a_claim_belongs_to_its_worker_until_the_lease_ends(
         assert (again.id, again.claim_seq) == (message.id, message.claim_seq + 1)
 
 
-def test_two_workers_never_hold_the_same_message(service: Running, post: Post, api: httpx.Client, sql: Sql) -> None:
+def test_two_workers_never_hold_the_same_message(
+    service: Running, post: Post, api: httpx.Client, sql: Sql
+) -> None:
     """Eight at once over 400 messages: each message is claimed exactly once."""
     claimed: list[UUID] = []
 
@@ -185,7 +189,9 @@ def test_a_suspect_gets_its_turn_under_unceasing_load(
     thread = threading.Thread(target=keep_busy)
     thread.start()
     try:
-        eventually(lambda: sql("SELECT 1 FROM deliveries WHERE notification_id = %s AND status = 'sent'", suspect))
+        eventually(
+            lambda: sql("SELECT 1 FROM deliveries WHERE notification_id = %s AND status = 'sent'", suspect)
+        )
     finally:
         load = False
         thread.join()
@@ -257,13 +263,17 @@ def test_a_crash_in_the_middle_of_sending_loses_nothing(
         one, _ = process()
         mailbox.script("DATA", *[HANG] * 4)
         ids = [post(severity="warning", title=f"{number}")["id"] for number in range(8)]
-        eventually(lambda: len(sql("SELECT 1 FROM outbox WHERE state = 'sending'")) == 4 and len(mailbox.open) >= 4)
+        eventually(
+            lambda: len(sql("SELECT 1 FROM outbox WHERE state = 'sending'")) == 4 and len(mailbox.open) >= 4
+        )
         one.kill()
         one.wait(10)
         left = sql("SELECT count(*) FROM outbox WHERE state = 'sending'")
         assert left == [(4,)]
     eventually(lambda: sql("SELECT count(*) FROM outbox WHERE state = 'sent'") == [(4,)])
-    assert sql("SELECT count(*) FROM outbox WHERE state = 'sending'") == left, "the dead worker's until its lease ends"
+    assert sql("SELECT count(*) FROM outbox WHERE state = 'sending'") == left, (
+        "the dead worker's until its lease ends"
+    )
     sql(END_LEASES)
     drain()
     assert sorted(letter.subject for letter in mailbox.messages) == [str(number) for number in range(8)]

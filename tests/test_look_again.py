@@ -98,7 +98,9 @@ def test_the_unsubscribed_get_nothing_not_even_what_was_critical(
         assert httpx.post(link, data={"List-Unsubscribe": "One-Click"}).status_code == 200
     drain()
     assert len(mailbox.messages) == 1
-    assert sql("SELECT status, reason FROM deliveries WHERE status <> 'sent'") == [("suppressed", "unsubscribed")]
+    assert sql("SELECT status, reason FROM deliveries WHERE status <> 'sent'") == [
+        ("suppressed", "unsubscribed")
+    ]
 
 
 def test_only_what_is_left_is_sent_and_each_part_keeps_its_own_end(
@@ -140,7 +142,10 @@ def test_a_subscription_or_endpoint_that_is_gone_fails_its_deliveries(
     with service.paused():
         post(severity="warning")
         [endpoint] = sql("SELECT endpoint FROM push_subscriptions")
-        assert alice.request("DELETE", "/api/push/subscriptions", json={"endpoint": endpoint[0]}).status_code == 204
+        assert (
+            alice.request("DELETE", "/api/push/subscriptions", json={"endpoint": endpoint[0]}).status_code
+            == 204
+        )
         [(webhook,)] = sql("SELECT id FROM webhook_endpoints")
         assert api.delete(f"/api/webhooks/{webhook}").status_code == 204
     drain()
@@ -160,7 +165,9 @@ def test_without_a_mail_server_the_channel_is_off_and_nothing_waits_for_ever(
     body = {"user_id": "carol", "event_name": "e", "title": "t", "body": "", "severity": "critical"}
     api.post("/api/notifications", json=body)
     drain()
-    assert sql("SELECT status, reason, last_error FROM deliveries") == [("suppressed", "preference_off", None)]
+    assert sql("SELECT status, reason, last_error FROM deliveries") == [
+        ("suppressed", "preference_off", None)
+    ]
 
 
 def test_an_erased_user_gets_nothing(

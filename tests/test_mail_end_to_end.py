@@ -37,7 +37,16 @@ def test_a_warning_is_a_mail_a_moment_later(
     [(message,)] = sql("SELECT id FROM outbox")
     assert letter.message["Message-ID"] == f"<{message}@example.org>"
     [delivery] = alice.get(f"/api/notifications/{stored['id']}").json()["deliveries"]
-    assert delivery.keys() >= {"channel", "target", "status", "reason", "attempts", "available_at", "sent_at", "last_error"}
+    assert delivery.keys() >= {
+        "channel",
+        "target",
+        "status",
+        "reason",
+        "attempts",
+        "available_at",
+        "sent_at",
+        "last_error",
+    }
     assert (delivery["channel"], delivery["target"], delivery["status"]) == ("email", None, "sent")
 
 
@@ -63,7 +72,9 @@ def test_what_a_user_did_not_ask_for_is_recorded_with_its_reason(
     api.put("/api/users/alice", json={"email": None})
     ids["no_address"] = post(severity="critical")["id"]
     drain()
-    assert dict(sql("SELECT reason, notification_id::text FROM deliveries WHERE status = 'suppressed'")) == ids
+    assert (
+        dict(sql("SELECT reason, notification_id::text FROM deliveries WHERE status = 'suppressed'")) == ids
+    )
     assert not mailbox.messages
 
 
@@ -94,9 +105,12 @@ def test_a_private_or_secret_text_never_leaves(
     secret = post(severity="warning", title="Key AKIAIOSFODNN7EXAMPLE leaked")
     drain()
     assert [letter.subject for letter in mailbox.messages] == ["You have a new notification"] * 2
-    assert b"diagnosis" not in mailbox.messages[0].raw and b"AKIA" not in b"".join(m.raw for m in mailbox.messages)
+    assert b"diagnosis" not in mailbox.messages[0].raw and b"AKIA" not in b"".join(
+        m.raw for m in mailbox.messages
+    )
     redacted = [
-        alice.get(f"/api/notifications/{one['id']}").json()["deliveries"][0]["redacted"] for one in (private, secret)
+        alice.get(f"/api/notifications/{one['id']}").json()["deliveries"][0]["redacted"]
+        for one in (private, secret)
     ]
     assert redacted == [False, True]
 
@@ -120,7 +134,9 @@ def test_starttls_that_is_required_and_not_offered_is_a_fault_not_a_leak(
     assert not mailbox.messages
 
 
-def test_a_wrong_password_is_the_providers_fault(delivering: Any, post: Post, sql: Sql, service: Running) -> None:
+def test_a_wrong_password_is_the_providers_fault(
+    delivering: Any, post: Post, sql: Sql, service: Running
+) -> None:
     with service.paused(), running(Mailbox("implicit", ("bell", "right"))) as locked:
         careful = delivering(smtp_url=f"smtps://bell:wrong@127.0.0.1:{locked.port}")
         careful.service.outbound.tls.load_verify_locations(cadata=locked.certificate.decode())

@@ -37,16 +37,26 @@ def mail_to_alice(reach: Callable[..., None]) -> None:
     reach("alice", email="alice@example.org", email_enabled=True)
 
 
-def test_requests_are_counted_by_route_and_status(metrics: Any, service: Running, alice: httpx.Client) -> None:
+def test_requests_are_counted_by_route_and_status(
+    metrics: Any, service: Running, alice: httpx.Client
+) -> None:
     route = {"route": "/api/notifications/{id}", "status": "404"}
-    before = metrics("bellhop_requests_total", **route), metrics("bellhop_requests_total", route="", status="404")
+    before = (
+        metrics("bellhop_requests_total", **route),
+        metrics("bellhop_requests_total", route="", status="404"),
+    )
     for number in range(3):
         alice.get(f"/api/notifications/00000000-0000-4000-8000-00000000000{number}")
         alice.get(f"/nowhere/{number}")
-    after = metrics("bellhop_requests_total", **route), metrics("bellhop_requests_total", route="", status="404")
+    after = (
+        metrics("bellhop_requests_total", **route),
+        metrics("bellhop_requests_total", route="", status="404"),
+    )
     assert [new - old for new, old in zip(after, before, strict=True)] == [3, 3]
     text = httpx.get(f"{service.url}/metrics").text
-    assert "00000000-0000-4000" not in text and "nowhere" not in text, "a label a route, not a label an address"
+    assert "00000000-0000-4000" not in text and "nowhere" not in text, (
+        "a label a route, not a label an address"
+    )
 
 
 def test_group_commit_and_attempts_are_counted(
@@ -75,7 +85,12 @@ def test_deliveries_are_told_by_channel_status_and_reason(
     drain()
 
     def counts() -> list[float]:
-        told = [("sent", ""), ("suppressed", "below_severity"), ("queued", ""), ("suppressed", "already_read")]
+        told = [
+            ("sent", ""),
+            ("suppressed", "below_severity"),
+            ("queued", ""),
+            ("suppressed", "already_read"),
+        ]
         return [metrics("bellhop_deliveries", channel="email", status=s, reason=r) for s, r in told]
 
     assert counts() == [1, 1, 1, 0]

@@ -17,7 +17,12 @@ from peers import DROP, MARKER, Hookbox, Mailbox, Pushbox, heard
 
 Sql = Callable[..., list[tuple[Any, ...]]]
 INSIDE = {"body": f"body {MARKER}", "data": {"key": MARKER, MARKER: [1]}}
-NOTE = {"user_id": "alice", "event_name": "invoice.due", "title": "Invoice 42", "severity": "warning"} | INSIDE
+NOTE = {
+    "user_id": "alice",
+    "event_name": "invoice.due",
+    "title": "Invoice 42",
+    "severity": "warning",
+} | INSIDE
 HEADERS = {
     "subject", "from", "to", "date", "message-id", "auto-submitted", "list-unsubscribe", "list-unsubscribe-post",
     "mime-version", "content-type", "x-peer", "x-mailfrom", "x-rcptto",
@@ -30,7 +35,9 @@ def service(delivering: Callable[..., Running]) -> Running:
 
 
 @pytest.fixture
-def everywhere(reach: Any, alice: httpx.Client, api: httpx.Client, pushbox: Pushbox, hookbox: Hookbox) -> None:
+def everywhere(
+    reach: Any, alice: httpx.Client, api: httpx.Client, pushbox: Pushbox, hookbox: Hookbox
+) -> None:
     """Alice is reached on all channels."""
     reach("alice", email="alice@example.org", email_enabled=True, push_enabled=True)
     alice.post("/api/push/subscriptions", json=pushbox.subscription().to_json())
@@ -51,7 +58,11 @@ def test_no_way_in_and_no_way_out_tells_a_body_or_data(
     api.post("/api/notifications", json=one | {"user_ids": ["alice", "bob"], "summary": "In short"})
     api.post("/api/notifications/batch", json={"notifications": [NOTE | {"severity": "critical"}] * 3})
     api.post("/api/notifications", json=NOTE | {"deliver_at": datetime.now(UTC).isoformat(), "private": True})
-    sql("INSERT INTO intake (payload) VALUES (%s::jsonb), (%s::jsonb)", app.encode(NOTE), app.encode(NOTE | {"x": 1}))
+    sql(
+        "INSERT INTO intake (payload) VALUES (%s::jsonb), (%s::jsonb)",
+        app.encode(NOTE),
+        app.encode(NOTE | {"x": 1}),
+    )
     eventually(lambda: sql("SELECT count(*) FROM intake WHERE error IS NULL") == [(0,)])
     for _ in range(3):
         sql("UPDATE outbox SET available_at = now() WHERE state IN ('open', 'pending')")
@@ -65,12 +76,20 @@ def test_no_way_in_and_no_way_out_tells_a_body_or_data(
 
 
 def test_no_error_and_no_metric_repeats_what_was_sent(
-    api: httpx.Client, service: Running, sql: Sql, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    api: httpx.Client,
+    service: Running,
+    sql: Sql,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="bellhop")
     bodies = [NOTE | {"severity": "loud"}, NOTE | {"title": None}, NOTE | {"user_id": ""}]
     replies = [api.post("/api/notifications", json=body) for body in bodies]
-    replies.append(api.post("/api/notifications", content=f'{{"body": "{MARKER}', headers={"Content-Type": "application/json"}))
+    replies.append(
+        api.post(
+            "/api/notifications", content=f'{{"body": "{MARKER}', headers={"Content-Type": "application/json"}
+        )
+    )
     sql("ALTER TABLE notifications ADD CONSTRAINT no_more CHECK (event_name <> 'trap')")
     replies.append(api.post("/api/notifications", json=NOTE | {"event_name": "trap"}))
     assert [reply.status_code for reply in replies] == [400, 400, 400, 400, 500]
@@ -84,7 +103,16 @@ def test_the_log_names_no_address_title_token_or_endpoint(
     service: Running, sql: Sql, drain: Callable[[], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     caplog.set_level(logging.DEBUG)
-    for name in ("httpx", "httpcore", "asyncio", "mail.log", "psycopg", "psycopg.pool", "faker", "hypothesis"):
+    for name in (
+        "httpx",
+        "httpcore",
+        "asyncio",
+        "mail.log",
+        "psycopg",
+        "psycopg.pool",
+        "faker",
+        "hypothesis",
+    ):
         monkeypatch.setattr(logging.getLogger(name), "disabled", True)  # the test's own and its peers'
 
     def explode(self: Any, message: Any) -> bytes:
@@ -103,19 +131,33 @@ def test_the_log_names_no_address_title_token_or_endpoint(
 
 
 def test_no_text_of_any_field_adds_a_header_or_leaves_where_it_may_not(
-    everywhere: None, api: httpx.Client, mailbox: Mailbox, sql: Sql, drain: Callable[[], None], service: Running
+    everywhere: None,
+    api: httpx.Client,
+    mailbox: Mailbox,
+    sql: Sql,
+    drain: Callable[[], None],
+    service: Running,
 ) -> None:
     """Injection strings in every text field, through HTTP to a real mail server."""
     nasty = st.sampled_from(["\r\nBcc: eve@evil.example", "\nX-Evil: 1\n\n", "=?utf-8?q?=0ABcc:_eve=40evil.example?=",
                              "a\r\n.\r\nMAIL FROM:<eve@evil.example>", "\u2028Bcc: e@evil.example", "<script>x</script>"])  # fmt: skip
-    text = st.lists(nasty | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8), max_size=6)
+    text = st.lists(
+        nasty | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8),
+        max_size=6,
+    )
     texts = text.map("".join).map(lambda value: value[:200])
     key = texts.filter(bool)
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(key, texts, key.map(lambda value: value[:120]), key, texts)
     def check(title: str, body: str, event_name: str, batch_key: str, summary: str) -> None:
-        note = {"user_id": "alice", "title": title, "body": body, "event_name": event_name, "severity": "critical"}
+        note = {
+            "user_id": "alice",
+            "title": title,
+            "body": body,
+            "event_name": event_name,
+            "severity": "critical",
+        }
         reply = api.post("/api/notifications", json=note | {"batch_key": batch_key, "subject_key": batch_key,
                                                             "summary": summary})  # fmt: skip
         assert reply.status_code == 201, reply.text
@@ -124,7 +166,9 @@ def test_no_text_of_any_field_adds_a_header_or_leaves_where_it_may_not(
     sql("UPDATE outbox SET critical = true, state = 'open', token_minute = now(), available_at = now()"
         " WHERE channel = 'email' AND state IN ('open', 'pending')")  # fmt: skip
     drain()
-    failed = sql("SELECT last_error FROM deliveries WHERE channel = 'email' AND status <> 'sent' AND reason IS NULL")
+    failed = sql(
+        "SELECT last_error FROM deliveries WHERE channel = 'email' AND status <> 'sent' AND reason IS NULL"
+    )
     assert not failed
     assert len(mailbox.messages) >= 30
     for letter in mailbox.messages:

@@ -59,10 +59,19 @@ def test_send_lets_it_leave_now_and_a_second_time_is_404(
 
 
 def test_send_needs_neither_room_in_the_minute_nor_the_morning(
-    delivering: Any, post: Post, alice: httpx.Client, reach: Any, mailbox: Mailbox, sql: Sql, drain: Any, service: Running
+    delivering: Any,
+    post: Post,
+    alice: httpx.Client,
+    reach: Any,
+    mailbox: Mailbox,
+    sql: Sql,
+    drain: Any,
+    service: Running,
 ) -> None:
     now = datetime.now(UTC)
-    reach("alice", quiet_from=f"{now - timedelta(hours=1):%H:%M}", quiet_to=f"{now + timedelta(hours=1):%H:%M}")
+    reach(
+        "alice", quiet_from=f"{now - timedelta(hours=1):%H:%M}", quiet_to=f"{now + timedelta(hours=1):%H:%M}"
+    )
     post(severity="warning")
     drain()
     [waiting] = outbox(alice)
@@ -130,7 +139,12 @@ def test_what_is_under_way_can_neither_be_skipped_nor_sent_again(
 
 
 def test_each_target_is_a_message_of_its_own(
-    service: Running, post: Post, api: httpx.Client, alice: httpx.Client, hookbox: Hookbox, drain: Callable[[], None]
+    service: Running,
+    post: Post,
+    api: httpx.Client,
+    alice: httpx.Client,
+    hookbox: Hookbox,
+    drain: Callable[[], None],
 ) -> None:
     api.post("/api/webhooks", json={"url": hookbox.url})
     with service.paused():

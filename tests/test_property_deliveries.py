@@ -47,7 +47,9 @@ STEP = st.one_of(
 class World:
     """Two users of their own for each example, and everything that may happen to them."""
 
-    def __init__(self, number: int, service: Running, api: httpx.Client, sql: Sql, boxes: Any, drain: Any) -> None:
+    def __init__(
+        self, number: int, service: Running, api: httpx.Client, sql: Sql, boxes: Any, drain: Any
+    ) -> None:
         self.api, self.sql, self.drain = api, sql, drain
         self.mailbox, self.hookbox, self.pushbox = boxes
         self.users = [f"u{number}-{name}" for name in ("x", "y")]
@@ -68,7 +70,13 @@ class World:
         self.burst(user, severity, key, 1)
 
     def burst(self, user: int, severity: str, key: str | None, count: int) -> None:
-        note = {"user_id": self.users[user], "event_name": "e", "title": "t", "body": "", "severity": severity}
+        note = {
+            "user_id": self.users[user],
+            "event_name": "e",
+            "title": "t",
+            "body": "",
+            "severity": severity,
+        }
         notes = [note | {"batch_key": key, "subject_key": key and f"{self.users[0]} {key}"}] * count
         reply = self.api.post("/api/notifications/batch", json={"notifications": notes})
         assert reply.status_code == 201, reply.text
@@ -98,7 +106,10 @@ class World:
                  " WHERE user_id = %s", on, self.users[user])  # fmt: skip
 
     def address(self, user: int, there: bool) -> None:
-        self.api.put(f"/api/users/{self.users[user]}", json={"email": f"{self.users[user]}@example.org" if there else None})
+        self.api.put(
+            f"/api/users/{self.users[user]}",
+            json={"email": f"{self.users[user]}@example.org" if there else None},
+        )
 
     def send(self, user: int, button: str = "send") -> None:
         for waiting in self.clients[user].get("/api/outbox").json()["outbox"][:1]:
@@ -113,7 +124,9 @@ class World:
             self.sql(statement, self.users)
 
     def lease(self) -> None:
-        self.sql("UPDATE outbox SET available_at = now() WHERE state = 'sending' AND user_id = ANY(%s)", self.users)
+        self.sql(
+            "UPDATE outbox SET available_at = now() WHERE state = 'sending' AND user_id = ANY(%s)", self.users
+        )
 
     def mail_says(self, answer: Any) -> None:
         self.mailbox.always("DATA", answer)
@@ -135,7 +148,9 @@ class World:
         for _ in range(20):
             self.time()
             self.drain()
-            if not self.sql("SELECT 1 FROM outbox WHERE user_id = ANY(%s) AND state IN ('open', 'pending')", self.users):
+            if not self.sql(
+                "SELECT 1 FROM outbox WHERE user_id = ANY(%s) AND state IN ('open', 'pending')", self.users
+            ):
                 break
 
     def check(self) -> None:
@@ -144,7 +159,9 @@ class World:
         assert {status for _, _, _, status, *_ in rows} <= ENDS
         assert {id for id, *_ in rows} <= {id for _, id in self.ids}
         for _, _, _, status, reason, _, sent_at in rows:
-            assert (reason is not None) == (status == "suppressed") and (sent_at is not None) == (status == "sent")
+            assert (reason is not None) == (status == "suppressed") and (sent_at is not None) == (
+                status == "sent"
+            )
         sent = {channel: [row for row in rows if row[1] == channel and row[3] == "sent"] for channel in
                 ("email", "push", "webhook")}  # fmt: skip
         self.check_mails(sent["email"])
@@ -181,11 +198,19 @@ class World:
 
 @pytest.fixture
 def service(delivering: Callable[..., Running]) -> Running:
-    return delivering(email_per_minute=3, push_per_minute=3, webhook_per_minute=5, max_attempts=3, channel_timeout_seconds=2)
+    return delivering(
+        email_per_minute=3, push_per_minute=3, webhook_per_minute=5, max_attempts=3, channel_timeout_seconds=2
+    )
 
 
 def test_all_messages_together_are_the_events_and_each_ends_once(
-    service: Running, api: httpx.Client, sql: Sql, mailbox: Mailbox, hookbox: Hookbox, pushbox: Pushbox, drain: Any
+    service: Running,
+    api: httpx.Client,
+    sql: Sql,
+    mailbox: Mailbox,
+    hookbox: Hookbox,
+    pushbox: Pushbox,
+    drain: Any,
 ) -> None:
     numbers = itertools.count()
 

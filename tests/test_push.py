@@ -30,7 +30,12 @@ def register(user: httpx.Client, pushbox: Pushbox) -> str:
 
 
 def test_a_warning_reaches_every_browser_of_its_user_encrypted_and_signed(
-    alice: httpx.Client, bob: httpx.Client, post: Post, pushbox: Pushbox, drain: Callable[[], None], service: Running
+    alice: httpx.Client,
+    bob: httpx.Client,
+    post: Post,
+    pushbox: Pushbox,
+    drain: Callable[[], None],
+    service: Running,
 ) -> None:
     targets = {register(alice, pushbox), register(alice, pushbox)}
     register(bob, pushbox)
@@ -82,7 +87,13 @@ def test_a_browser_belongs_to_whoever_registered_it_last(
 
 
 def test_what_waits_for_a_browser_that_moved_on_fails(
-    service: Running, alice: httpx.Client, bob: httpx.Client, post: Post, pushbox: Pushbox, sql: Sql, drain: Any
+    service: Running,
+    alice: httpx.Client,
+    bob: httpx.Client,
+    post: Post,
+    pushbox: Pushbox,
+    sql: Sql,
+    drain: Any,
 ) -> None:
     subscription = pushbox.subscription().to_json()
     alice.post("/api/push/subscriptions", json=subscription)

@@ -29,7 +29,10 @@ def sleep(reach: Callable[..., None]) -> Callable[..., None]:
 
     def begin(zone: str = "UTC", **choices: Any) -> None:
         now = datetime.now(ZoneInfo(zone))
-        edges = {"quiet_from": f"{now - timedelta(hours=1):%H:%M}", "quiet_to": f"{now + timedelta(hours=2):%H:%M}"}
+        edges = {
+            "quiet_from": f"{now - timedelta(hours=1):%H:%M}",
+            "quiet_to": f"{now + timedelta(hours=2):%H:%M}",
+        }
         usual = {"email": "alice@example.org", "timezone": zone, "email_enabled": True}
         reach("alice", **usual | edges | choices)
 
@@ -74,7 +77,14 @@ def test_a_digest_that_comes_due_at_night_waits_for_the_morning_too(
 
 
 def test_a_message_that_did_not_leave_before_the_night_leaves_with_the_digest_after_it(
-    delivering: Any, reach: Any, sleep: Any, post: Post, mailbox: Mailbox, sql: Sql, drain: Any, service: Running
+    delivering: Any,
+    reach: Any,
+    sleep: Any,
+    post: Post,
+    mailbox: Mailbox,
+    sql: Sql,
+    drain: Any,
+    service: Running,
 ) -> None:
     """It was to leave at once, but nothing was sending just then."""
     reach("alice", email="alice@example.org", email_enabled=True)
@@ -145,7 +155,9 @@ def test_pushes_wait_as_one_and_webhooks_know_no_night(
 
 def test_half_a_night_is_none(reach: Any, post: Post, mailbox: Mailbox, drain: Callable[[], None]) -> None:
     now = datetime.now(UTC)
-    reach("alice", email="alice@example.org", email_enabled=True, quiet_from=f"{now - timedelta(hours=1):%H:%M}")
+    reach(
+        "alice", email="alice@example.org", email_enabled=True, quiet_from=f"{now - timedelta(hours=1):%H:%M}"
+    )
     post(severity="warning", title="one end only")
     reach("alice", quiet_to=f"{now - timedelta(hours=1):%H:%M}")
     post(severity="warning", title="both the same")
@@ -184,46 +196,53 @@ def at(zone: str, *parts: int, fold: int = 0) -> datetime:
 BERLIN, NEW_YORK, LORD_HOWE = "Europe/Berlin", "America/New_York", "Australia/Lord_Howe"
 
 
-@pytest.mark.parametrize(
-    ("zone", "begin", "end", "moment", "until"),
-    [
-        # within one day, and its edges: the first minute is in, the last is out
-        (BERLIN, "12:00", "14:00", at(BERLIN, 2026, 1, 5, 12, 0), at(BERLIN, 2026, 1, 5, 14, 0)),
-        (BERLIN, "12:00", "14:00", at(BERLIN, 2026, 1, 5, 11, 59, 59), None),
-        (BERLIN, "12:00", "14:00", at(BERLIN, 2026, 1, 5, 14, 0), None),
-        # across midnight, before and after it
-        (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 1, 5, 23, 0), at(BERLIN, 2026, 1, 6, 7, 0)),
-        (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 1, 6, 3, 0), at(BERLIN, 2026, 1, 6, 7, 0)),
-        (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 1, 6, 8, 0), None),
-        # the user's midnight, not the server's
-        ("Pacific/Kiritimati", "22:00", "07:00", datetime(2026, 1, 5, 10, 0, tzinfo=UTC),
-         at("Pacific/Kiritimati", 2026, 1, 6, 7, 0)),
-        # clocks go forward at 2 to 3: an end that does not exist moves to the next valid time
-        (BERLIN, "22:00", "02:30", at(BERLIN, 2026, 3, 29, 1, 0), datetime(2026, 3, 29, 1, 0, tzinfo=UTC)),
-        (NEW_YORK, "22:00", "02:30", at(NEW_YORK, 2026, 3, 8, 1, 0), at(NEW_YORK, 2026, 3, 8, 3, 0)),
-        (LORD_HOWE, "22:00", "02:10", at(LORD_HOWE, 2026, 10, 4, 1, 0), at(LORD_HOWE, 2026, 10, 4, 2, 30)),
-        # … and so does a beginning
-        (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 3, 29, 3, 0), at(BERLIN, 2026, 3, 29, 5, 0)),
-        (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 3, 29, 1, 59), None),
-        # a night over the change is an hour shorter, an hour longer
-        (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 3, 28, 23, 0), datetime(2026, 3, 29, 5, 0, tzinfo=UTC)),
-        (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 10, 24, 23, 0), datetime(2026, 10, 25, 6, 0, tzinfo=UTC)),
-        # clocks go back at 3 to 2: of an end that occurs twice the first counts
-        (BERLIN, "22:00", "02:30", at(BERLIN, 2026, 10, 25, 1, 0), at(BERLIN, 2026, 10, 25, 2, 30)),
-        (BERLIN, "22:00", "02:30", at(BERLIN, 2026, 10, 25, 2, 15, fold=1), None),
-        (NEW_YORK, "22:00", "01:30", at(NEW_YORK, 2026, 11, 1, 0, 0), at(NEW_YORK, 2026, 11, 1, 1, 30)),
-        # … and of a beginning: it stays quiet while the hour runs a second time
-        (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 10, 25, 2, 30), at(BERLIN, 2026, 10, 25, 5, 0)),
-        (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 10, 25, 2, 10, fold=1), at(BERLIN, 2026, 10, 25, 5, 0)),
-    ],
-)  # fmt: skip
-def test_the_night_ends_when_the_users_clock_says_so(
-    ask: Callable[..., datetime | None], zone: str, begin: str, end: str, moment: datetime, until: datetime | None
-) -> None:
-    assert ask(zone, begin, end, moment) == until
+MOMENTS = [
+    # within one day, and its edges: the first minute is in, the last is out
+    (BERLIN, "12:00", "14:00", at(BERLIN, 2026, 1, 5, 12, 0), at(BERLIN, 2026, 1, 5, 14, 0)),
+    (BERLIN, "12:00", "14:00", at(BERLIN, 2026, 1, 5, 11, 59, 59), None),
+    (BERLIN, "12:00", "14:00", at(BERLIN, 2026, 1, 5, 14, 0), None),
+    # across midnight, before and after it
+    (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 1, 5, 23, 0), at(BERLIN, 2026, 1, 6, 7, 0)),
+    (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 1, 6, 3, 0), at(BERLIN, 2026, 1, 6, 7, 0)),
+    (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 1, 6, 8, 0), None),
+    # the user's midnight, not the server's
+    ("Pacific/Kiritimati", "22:00", "07:00", datetime(2026, 1, 5, 10, 0, tzinfo=UTC),
+     at("Pacific/Kiritimati", 2026, 1, 6, 7, 0)),
+    # clocks go forward at 2 to 3: an end that does not exist moves to the next valid time
+    (BERLIN, "22:00", "02:30", at(BERLIN, 2026, 3, 29, 1, 0), datetime(2026, 3, 29, 1, 0, tzinfo=UTC)),
+    (NEW_YORK, "22:00", "02:30", at(NEW_YORK, 2026, 3, 8, 1, 0), at(NEW_YORK, 2026, 3, 8, 3, 0)),
+    (LORD_HOWE, "22:00", "02:10", at(LORD_HOWE, 2026, 10, 4, 1, 0), at(LORD_HOWE, 2026, 10, 4, 2, 30)),
+    # … and so does a beginning
+    (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 3, 29, 3, 0), at(BERLIN, 2026, 3, 29, 5, 0)),
+    (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 3, 29, 1, 59), None),
+    # a night over the change is an hour shorter, an hour longer
+    (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 3, 28, 23, 0), datetime(2026, 3, 29, 5, 0, tzinfo=UTC)),
+    (BERLIN, "22:00", "07:00", at(BERLIN, 2026, 10, 24, 23, 0), datetime(2026, 10, 25, 6, 0, tzinfo=UTC)),
+    # clocks go back at 3 to 2: of an end that occurs twice the first counts
+    (BERLIN, "22:00", "02:30", at(BERLIN, 2026, 10, 25, 1, 0), at(BERLIN, 2026, 10, 25, 2, 30)),
+    (BERLIN, "22:00", "02:30", at(BERLIN, 2026, 10, 25, 2, 15, fold=1), None),
+    (NEW_YORK, "22:00", "01:30", at(NEW_YORK, 2026, 11, 1, 0, 0), at(NEW_YORK, 2026, 11, 1, 1, 30)),
+    # … and of a beginning: it stays quiet while the hour runs a second time
+    (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 10, 25, 2, 30), at(BERLIN, 2026, 10, 25, 5, 0)),
+    (BERLIN, "02:30", "05:00", at(BERLIN, 2026, 10, 25, 2, 10, fold=1), at(BERLIN, 2026, 10, 25, 5, 0)),
+]  # fmt: skip
 
 
-ZONES = ["UTC", BERLIN, NEW_YORK, LORD_HOWE, "Asia/Kolkata", "America/St_Johns", "Pacific/Apia", "Africa/Casablanca"]
+def test_the_night_ends_when_the_users_clock_says_so(ask: Callable[..., datetime | None]) -> None:
+    for zone, begin, end, moment, until in MOMENTS:
+        assert ask(zone, begin, end, moment) == until, (zone, begin, end, moment)
+
+
+ZONES = [
+    "UTC",
+    BERLIN,
+    NEW_YORK,
+    LORD_HOWE,
+    "Asia/Kolkata",
+    "America/St_Johns",
+    "Pacific/Apia",
+    "Africa/Casablanca",
+]
 CLOCK = st.builds("{:02}:{:02}".format, st.integers(0, 23), st.integers(0, 59))
 
 

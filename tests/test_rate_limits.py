@@ -84,7 +84,12 @@ def test_of_100_warnings_in_a_minute_5_leave_alone_and_95_in_one_digest(
 
 
 def test_posts_by_many_at_once_get_no_more_than_the_limit(
-    mail_to_alice: None, database: str, sql: Sql, drain: Callable[[], None], mailbox: Mailbox, service: Running
+    mail_to_alice: None,
+    database: str,
+    sql: Sql,
+    drain: Callable[[], None],
+    mailbox: Mailbox,
+    service: Running,
 ) -> None:
     limits, meeting = '{"email": 5}', threading.Barrier(4)
 
@@ -110,7 +115,12 @@ def test_posts_by_many_at_once_get_no_more_than_the_limit(
 
 
 def test_an_overflow_digest_costs_a_message_of_the_minute_it_leaves_in(
-    mail_to_alice: None, burst: Any, mailbox: Mailbox, turn_the_minute: Any, sql: Sql, drain: Callable[[], None]
+    mail_to_alice: None,
+    burst: Any,
+    mailbox: Mailbox,
+    turn_the_minute: Any,
+    sql: Sql,
+    drain: Callable[[], None],
 ) -> None:
     first = burst(8)
     drain()
@@ -125,7 +135,12 @@ def test_an_overflow_digest_costs_a_message_of_the_minute_it_leaves_in(
 
 
 def test_a_batch_digest_over_the_limit_leaves_with_the_overflow(
-    mail_to_alice: None, burst: Any, mailbox: Mailbox, turn_the_minute: Any, sql: Sql, drain: Callable[[], None]
+    mail_to_alice: None,
+    burst: Any,
+    mailbox: Mailbox,
+    turn_the_minute: Any,
+    sql: Sql,
+    drain: Callable[[], None],
 ) -> None:
     ids = burst(3, batch_key="a") + burst(3, batch_key="b") + burst(5)
     sql("UPDATE outbox SET available_at = now() WHERE digest LIKE 'key:%'")
@@ -152,7 +167,12 @@ def test_a_batch_digest_within_the_limit_costs_one_message(
 
 
 def test_critical_ones_are_exempt_up_to_30_a_minute_and_fold_beyond(
-    mail_to_alice: None, burst: Any, mailbox: Mailbox, turn_the_minute: Any, sql: Sql, drain: Callable[[], None]
+    mail_to_alice: None,
+    burst: Any,
+    mailbox: Mailbox,
+    turn_the_minute: Any,
+    sql: Sql,
+    drain: Callable[[], None],
 ) -> None:
     ids = burst(5) + burst(33, "critical")
     drain()
@@ -225,7 +245,9 @@ def test_a_critical_webhook_does_not_wait_behind_the_others(
     assert len(hookbox.requests) == 38
 
 
-def test_no_limit_is_no_limit(delivering: Any, sql: Sql, burst: Any, reach: Any, mailbox: Mailbox, drain: Any) -> None:
+def test_no_limit_is_no_limit(
+    delivering: Any, sql: Sql, burst: Any, reach: Any, mailbox: Mailbox, drain: Any
+) -> None:
     """A second service without limits writes into the same database; the first one sends."""
     other = delivering(email_per_minute=0, delivery_concurrency=0)
     reach("alice", email="alice@example.org", email_enabled=True)
@@ -235,7 +257,9 @@ def test_no_limit_is_no_limit(delivering: Any, sql: Sql, burst: Any, reach: Any,
     assert len(mailbox.messages) == 40
 
 
-def test_the_answer_tells_when_each_message_leaves(mail_to_alice: None, api: httpx.Client, burst: Any) -> None:
+def test_the_answer_tells_when_each_message_leaves(
+    mail_to_alice: None, api: httpx.Client, burst: Any
+) -> None:
     burst(5)
     body = {"user_id": "alice", "event_name": "e", "title": "t", "body": "", "severity": "warning"}
     told = api.post("/api/notifications", json=body).json()

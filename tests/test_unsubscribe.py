@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, app, problem, user_token
+from conftest import Running, app, user_token
 from peers import Mailbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -58,7 +58,10 @@ def test_looking_changes_nothing(link: str, contents: Callable[[], Any], method:
 def test_the_page_has_a_form_for_all_and_one_for_just_this_event(link: str) -> None:
     page = httpx.get(link).text
     assert page.count("<form") >= 1 and page.count("<button") >= 2
-    assert "invoice.due" in page and "<script" not in page.partition("</head>")[2].partition("<form")[2].partition("</form>")[0]
+    assert (
+        "invoice.due" in page
+        and "<script" not in page.partition("</head>")[2].partition("<form")[2].partition("</form>")[0]
+    )
 
 
 def test_just_this_event_leaves_the_others_on(
@@ -89,7 +92,13 @@ def test_a_link_of_a_digest_names_no_event_and_ends_all_mail(
 
 
 def test_only_the_user_may_ask_for_mail_again(
-    link: str, post: Post, mailbox: Mailbox, api: httpx.Client, alice: httpx.Client, sql: Sql, drain: Callable[[], None]
+    link: str,
+    post: Post,
+    mailbox: Mailbox,
+    api: httpx.Client,
+    alice: httpx.Client,
+    sql: Sql,
+    drain: Callable[[], None],
 ) -> None:
     httpx.post(link, data={"List-Unsubscribe": "One-Click"})
     api.patch("/api/users/alice/preferences", json={"email_enabled": True})
@@ -103,25 +112,25 @@ def test_only_the_user_may_ask_for_mail_again(
     assert len(mailbox.messages) == 2
 
 
-@pytest.mark.parametrize("change", ["cut", "flipped", "foreign", "user token", "nonsense"])
 def test_a_link_that_was_not_signed_here_changes_nothing(
-    link: str, service: Running, contents: Callable[[], Any], change: str
+    link: str, service: Running, contents: Callable[[], Any]
 ) -> None:
     good = link.rpartition("/")[2]
-    token = {
-        "cut": good[:-3],
-        "flipped": good.replace(good[30], "A" if good[30] != "A" else "B"),
-        "foreign": app.sign_unsubscribe("another secret of more than 32 bytes", "alice", None),
-        "user token": user_token("alice"),
-        "nonsense": "x",
-    }[change]
+    foreign = app.sign_unsubscribe("another secret of more than 32 bytes", "alice", None)
+    flipped = good.replace(good[30], "A" if good[30] != "A" else "B")
     before = contents()
-    reply = httpx.post(f"{service.url}/unsubscribe/{token}", data={"List-Unsubscribe": "One-Click"})
-    problem(reply, 404)
+    for token in (good[:-3], flipped, foreign, user_token("alice"), "x"):
+        url = f"{service.url}/unsubscribe/{token}"
+        assert httpx.post(url, data={"List-Unsubscribe": "One-Click"}).status_code == 404
+        assert httpx.get(url).status_code in (200, 404)
     assert contents() == before
-    assert httpx.get(f"{service.url}/unsubscribe/{token}").status_code in (200, 404)
 
 
 def test_a_link_is_worthless_anywhere_else(link: str, service: Running) -> None:
     token = link.rpartition("/")[2]
-    assert httpx.get(f"{service.url}/api/notifications", headers={"Authorization": f"Bearer {token}"}).status_code == 401
+    assert (
+        httpx.get(
+            f"{service.url}/api/notifications", headers={"Authorization": f"Bearer {token}"}
+        ).status_code
+        == 401
+    )

@@ -110,8 +110,19 @@ def answers(port: int) -> bool:
 def wrk(url: str, script: str, connections: int, seconds: int = SECONDS, **variables: str) -> dict[str, Any]:
     """One turn of wrk with its figures; a request that failed ends the bench."""
     threads = min(2, connections)
-    command = [find("wrk"), f"-t{threads}", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", HERE / script, url]
-    told = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True).stdout
+    command = [
+        find("wrk"),
+        f"-t{threads}",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "--latency",
+        "-s",
+        HERE / script,
+        url,
+    ]
+    told = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, check=True
+    ).stdout
     figures = json.loads(told.strip().splitlines()[-1])
     if figures["failed"]:
         sys.exit(f"{figures['failed']} of {figures['requests']} requests failed")
@@ -125,7 +136,9 @@ def pgbench(database: str) -> float:
         script = Path(folder, "insert.sql")
         script.write_text((HERE / "insert.sql").read_text().replace("NEW_ID", new_id))
         how = ["-M", "prepared", "-c", "64", "-j", "2", "-T", str(SECONDS), "-n", "-f", script]
-        told = subprocess.run([find("pgbench"), *how, database], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [find("pgbench"), *how, database], capture_output=True, text=True, check=True
+        ).stdout
     return float(re.findall(r"tps = ([\d.]+)", told)[0])
 
 
@@ -181,7 +194,9 @@ def bench_posts(report: Report, service: str, insert: str, key: str) -> None:
         grown, told = stored(service) - before, sum(each["requests"] for each in ours)
         busy = memory(pid)
     rate, bare = statistics.mean(each["rate"] for each in ours), statistics.mean(theirs)
-    report.show("create by HTTP, 32 connections", rate, "/s", f"p50 {ours[-1]['p50']} µs, p99 {ours[-1]['p99']} µs")
+    report.show(
+        "create by HTTP, 32 connections", rate, "/s", f"p50 {ours[-1]['p50']} µs, p99 {ours[-1]['p99']} µs"
+    )
     report.show("the bare insert by pgbench, 64 connections", bare, "/s")
     report.promise(f"at least 0.5 of the bare insert: {rate / bare:.2f}", rate >= 0.5 * bare)
     # wrk goes away in the middle of its last requests: those may be stored without having been counted.
@@ -204,10 +219,18 @@ def bench_sharing(report: Report, service: str, key: str) -> None:
                 many[name].append(wrk(url, "post.lua", 32, seconds=3, BENCH_PROOF=key)["rate"])
     medians = {name: statistics.median(values) for name, values in alone.items()}
     rates = {name: statistics.mean(values) for name, values in many.items()}
-    report.show("one create alone, median", medians["shared"], "µs", f"without sharing {medians['single']:,.0f} µs")
-    report.promise("alone no slower than without sharing (a tenth is noise)", medians["shared"] <= 1.1 * medians["single"])
+    report.show(
+        "one create alone, median", medians["shared"], "µs", f"without sharing {medians['single']:,.0f} µs"
+    )
+    report.promise(
+        "alone no slower than without sharing (a tenth is noise)",
+        medians["shared"] <= 1.1 * medians["single"],
+    )
     report.show("32 at once", rates["shared"], "/s", f"without sharing {rates['single']:,.0f} /s")
-    report.promise(f"32 at once at least 2 times: {rates['shared'] / rates['single']:.2f}", rates["shared"] >= 2 * rates["single"])
+    report.promise(
+        f"32 at once at least 2 times: {rates['shared'] / rates['single']:.2f}",
+        rates["shared"] >= 2 * rates["single"],
+    )
 
 
 def bench_list(report: Report, service: str) -> None:
@@ -232,15 +255,25 @@ def bench_list(report: Report, service: str) -> None:
             ours.append(wrk(url, "list.lua", 32, BENCH_READERS=str(mine)))
             plain.append(wrk(plain_url, "list.lua", 32, BENCH_READERS=str(other)))
     rate, bare = (statistics.mean(each["rate"] for each in figures) for figures in (ours, plain))
-    report.show("list of 30 and count, 32 connections", rate, "/s", f"p50 {ours[-1]['p50']} µs, p99 {ours[-1]['p99']} µs")
+    report.show(
+        "list of 30 and count, 32 connections",
+        rate,
+        "/s",
+        f"p50 {ours[-1]['p50']} µs, p99 {ours[-1]['p99']} µs",
+    )
     report.show("a plain handler with two queries", bare, "/s")
     report.promise(f"at least 1.5 of the plain handler: {rate / bare:.2f}", rate >= 1.5 * bare)
 
 
 def check_list(url: str, plain_url: str, token: str) -> None:
     """Both give the same thirty."""
-    asked = urllib.request.Request(f"{url}/api/notifications?limit=30", headers={"Authorization": f"Bearer {token}"})
-    told = [json.loads(urllib.request.urlopen(each, timeout=5).read()) for each in (asked, f"{plain_url}/notifications/reader-0")]
+    asked = urllib.request.Request(
+        f"{url}/api/notifications?limit=30", headers={"Authorization": f"Bearer {token}"}
+    )
+    told = [
+        json.loads(urllib.request.urlopen(each, timeout=5).read())
+        for each in (asked, f"{plain_url}/notifications/reader-0")
+    ]
     ids = [[each["id"] for each in answer["notifications"]] for answer in told]
     assert ids[0] == ids[1] and len(ids[0]) == 30
     assert told[0]["unread_count"] == told[1]["unread_count"] > 0
@@ -254,7 +287,9 @@ def main() -> None:
         bench_posts(report, service, insert, key)
         bench_sharing(report, service, key)
         bench_list(report, service)
-    print(f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, wrk included")
+    print(
+        f"{time.monotonic() - started:.0f} s on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, wrk included"
+    )
     sys.exit(bool(report.broken))
 
 
