@@ -2711,16 +2711,18 @@ def serve(settings: Settings, _: argparse.Namespace) -> None:
     """Serve until told to stop."""
     embedded = not settings.database_url
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands it on: the database stops as well
-    with database(settings) as settings, listen(settings) as listener:
-        asyncio.run(prepare(settings))
-        first_key = asyncio.run(with_db(settings, first_run_key)) if embedded else None
-        app = create_app(settings)
+    with database(settings) as given, listen(settings) as listener:
+        base_url = re.sub(":0$", f":{listener.getsockname()[1]}", given.base_url)
+        ready = msgspec.structs.replace(given, base_url=base_url)
+        asyncio.run(prepare(ready))
+        first_key = asyncio.run(with_db(ready, first_run_key)) if embedded else None
+        app = create_app(ready)
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
         protocol: dict[str, Any] = {"http": Protocol, "ws": "none", "proxy_headers": False}
         config = uvicorn.Config(app, timeout_graceful_shutdown=8, **quiet, **protocol)
         gc.collect()
         gc.freeze()  # what is here now stays: later collections need not look at it again
-        server = Server(config, app.state.service, functools.partial(greet, settings, first_key))
+        server = Server(config, app.state.service, functools.partial(greet, ready, first_key))
         server.run(sockets=[listener])
 
 

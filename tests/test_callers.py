@@ -320,6 +320,48 @@ def test_an_admins_session_is_held_to_its_own_pages_too(
     assert admin.post("/api/keys", json={"name": "x"}, headers={"Origin": service.url}).status_code == 201
 
 
+def test_other_origins_may_call_only_when_named_and_never_with_the_cookie(
+    serve: Callable[..., Running], client: Client, sign_in: Callable[..., str], contents: Callable[[], Json]
+) -> None:
+    running = serve(
+        cors_origins="https://shop.example, http://localhost:3000", base_url="https://bell.example"
+    )
+    asked = {
+        "Access-Control-Request-Method": "PATCH",
+        "Access-Control-Request-Headers": "authorization, content-type",
+    }
+    mine = client(running.url, user_token("alice"))
+    for origin, allowed in (
+        ("https://shop.example", True), ("http://localhost:3000", True), ("https://evil.example", False),
+        ("https://shop.example.evil.example", False), ("http://shop.example", False), ("null", False),
+    ):  # fmt: skip
+        preflight = client(running.url).options("/api/preferences", headers={"Origin": origin, **asked})
+        read = mine.get("/api/unread-count", headers={"Origin": origin})
+        assert read.status_code == 200, "a token proves who asks, wherever from"
+        for reply in (preflight, read):
+            assert reply.headers.get("access-control-allow-origin") == (origin if allowed else None), origin
+            assert "access-control-allow-credentials" not in reply.headers
+        if allowed:
+            permitted = preflight.headers["access-control-allow-headers"].lower()
+            assert "authorization" in permitted and "content-type" in permitted
+    before = contents()
+    browser = client(running.url, Cookie=f"bellhop_session={sign_in('alice')}", Origin="https://shop.example")
+    problem(browser.patch("/api/preferences", json={"locale": "de"}), 403)
+    assert contents() == before
+
+
+def test_behind_tls_the_cookie_is_secure_and_the_base_url_is_our_own_page(
+    serve: Callable[..., Running], client: Client
+) -> None:
+    running = serve(base_url="https://bell.example")
+    browser = client(running.url, Origin="https://bell.example")
+    signed_in = browser.post("/login", json={"token": user_token("alice")})
+    assert signed_in.status_code == 200 and "secure" in signed_in.headers["set-cookie"].lower()
+    cookie = signed_in.headers["set-cookie"].partition(";")[0]
+    changed = browser.patch("/api/preferences", json={"locale": "de"}, headers={"Cookie": cookie})
+    assert changed.status_code == 200
+
+
 # ─── The proxy header ───
 
 

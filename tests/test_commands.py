@@ -362,6 +362,7 @@ def test_the_first_run_shows_the_way_and_nothing_acknowledged_is_ever_lost(
     curl = next(line.strip() for line in first.said if line.strip().startswith("curl "))
     link = re.search(r"http\S+/login#token=(\S+)", printed)
     assert key and link and "first-run" in printed
+    assert link[0].startswith(first.url + "/"), "whatever port was free"
 
     pasted = subprocess.run(curl, shell=True, capture_output=True, text=True, timeout=20)
     told = json.loads(pasted.stdout)

@@ -168,17 +168,17 @@ def test_without_a_key_every_post_is_a_new_one(api: httpx.Client, sql: Sql) -> N
 
 
 def test_fifty_equal_posts_at_once_are_one_row_and_fifty_equal_answers(
-    service: Running, make_key: Callable[[str], str], sql: Sql, prefer: Any
+    service: Running, serve: Callable[..., Running], make_key: Callable[[str], str], sql: Sql, prefer: Any
 ) -> None:
+    """From two services on one database, too."""
     prefer(email_enabled=True, min_severity="info")
-    key = make_key("send")
+    key, urls = make_key("send"), [service.url, serve(delivery_concurrency=0).url]
 
     async def post_all() -> list[httpx.Response]:
         headers = {"Authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient(
-            base_url=service.url, headers=headers, trust_env=False, timeout=15
-        ) as one:
-            return await asyncio.gather(*(one.post("/api/notifications", json=FULL) for _ in range(50)))
+        async with httpx.AsyncClient(headers=headers, trust_env=False, timeout=15) as one:
+            posts = (one.post(f"{urls[number % 2]}/api/notifications", json=FULL) for number in range(50))
+            return await asyncio.gather(*posts)
 
     replies = asyncio.run(post_all())
     assert sorted(reply.status_code for reply in replies) == [200] * 49 + [201]

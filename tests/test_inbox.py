@@ -1,5 +1,6 @@
 """A user's inbox: what is listed, in what order, what is read, what is archived."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from datetime import datetime
@@ -7,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
-from conftest import problem
+from conftest import Running, problem, user_token
 
 Json = dict[str, Any]
 Post = Callable[..., Json]
@@ -164,6 +165,34 @@ def test_an_unchanged_inbox_is_304_and_a_changed_one_is_not(
     change(alice, sent, read=True)
     changed = alice.get("/api/notifications", headers={"If-None-Match": tag})
     assert changed.status_code == 200 and changed.headers["etag"] != tag
+
+
+def test_lists_asked_for_at_once_do_not_mix(service: Running, api: httpx.Client) -> None:
+    users = [f"user-{number}" for number in range(12)]
+    items = [
+        {"user_id": user, "event_name": f"e{n % 3}.x", "title": f"{user}/{n}", "body": "b"}
+        for user in users
+        for n in range(6)
+    ]
+    assert api.post("/api/notifications/batch", json={"notifications": items}).status_code == 201
+    ways = [({}, None), ({"limit": 2}, None), ({"event": "e1.*"}, "e1.x"), ({"event": "e2.x"}, "e2.x")]
+    asked = [(user, wanted, event) for user in users for wanted, event in ways]
+
+    async def ask_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=service.url, trust_env=False, timeout=15) as client:
+            proofs = {user: {"Authorization": f"Bearer {user_token(user)}"} for user in users}
+            calls = (
+                client.get("/api/notifications", params=way, headers=proofs[user]) for user, way, _ in asked
+            )
+            return await asyncio.gather(*calls)
+
+    for reply, (user, wanted, event) in zip(asyncio.run(ask_all()), asked, strict=True):
+        mine = [item for item in reversed(items) if item["user_id"] == user]
+        expected = [item["title"] for item in mine if event in (None, item["event_name"])]
+        limit = int(wanted.get("limit", 30))
+        page = reply.json()
+        assert [note["title"] for note in page["notifications"]] == expected[:limit]
+        assert page["unread_count"] == 6 and (page["next_cursor"] is None) == (limit >= len(expected))
 
 
 # ─── One ───
