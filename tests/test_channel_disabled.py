@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, eventually
+from conftest import Running, app, eventually
 from peers import Hookbox, Mailbox, Pushbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -115,17 +115,26 @@ def test_what_waits_for_an_address_that_died_meanwhile_is_not_sent(
     )
 
 
-def test_two_bounces_in_one_moment_count_as_two(
-    service: Running, mail_to_alice: None, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_an_address_that_dies_while_many_are_under_way_is_told_once(
+    service: Running, mail_to_alice: None, post: Post, sql: Sql, drain: Callable[[], None], at_once: int
 ) -> None:
-    mailbox.always("RCPT", "550 5.1.1 unknown")
+    """Four results, written down one by one or all in one statement."""
+    given = {"room": 4, "share": 4, "busy": "{}", "alone": False, "mail": True}
+    db = service.service.worker.db
     with service.paused():
         for _ in range(4):
             post(severity="warning")
-    drain()
+        claimed = [app.msgspec.json.decode(row["message"]) for row in service.call(db.many("claim_messages", **given))]
+        keys = [{name: one[name] for name in ("user_id", "id", "claim_seq")} for one in claimed]
+        results = [key | {"email": "alice@example.org", "verdict": "bounced", "error": "550"} for key in keys]
+        for start in range(0, 4, at_once):
+            part = app.encode(results[start : start + at_once])
+            assert len(service.call(db.many("finish_messages", results=part))) == at_once
     eventually(lambda: sql(NOTICES))
     drain()
     assert len(sql(NOTICES)) == 1
+    assert sql("SELECT hits FROM suppressions") == [(4,)]
 
 
 def test_a_mail_that_arrives_between_two_bounces_proves_the_address_alive(

@@ -166,6 +166,19 @@ def test_a_batch_digest_within_the_limit_costs_one_message(
     assert subjects == ["9 notifications"] * 2 + ["warning 000", "warning 001", "warning 002"]
 
 
+def test_a_due_digest_is_not_claimed_before_its_minute_had_room_for_it(
+    service: Running, mail_to_alice: None, burst: Any, sql: Sql
+) -> None:
+    given = {"room": 9, "share": 9, "busy": "{}", "alone": False, "mail": True}
+    with service.paused():
+        burst(2, batch_key="a")
+        sql("UPDATE outbox SET available_at = now()")
+        worker = service.service.worker
+        assert service.call(worker.db.many("claim_messages", **given)) == []
+        service.call(worker.db.run("update_due_digests"))
+        assert len(service.call(worker.db.many("claim_messages", **given))) == 1
+
+
 def test_critical_ones_are_exempt_up_to_30_a_minute_and_fold_beyond(
     mail_to_alice: None,
     burst: Any,

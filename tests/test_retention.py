@@ -81,6 +81,18 @@ def test_the_unread_stay_and_so_does_what_is_still_to_leave(
     assert sql("SELECT notification_id::text, status FROM deliveries") == [(waiting, "queued")]
 
 
+def test_what_was_suppressed_at_once_is_forgotten_although_its_notification_is_unread(
+    post: Post, sql: Sql, drain: Callable[[], None], prune: Callable[[], None]
+) -> None:
+    post(severity="info")
+    prune()
+    assert sql(COUNTS) == [(1, 1, 0)]
+    for statement in AGE:
+        sql(statement)
+    prune()
+    assert sql(COUNTS) == [(1, 0, 0)]
+
+
 def test_a_delivery_that_failed_long_ago_is_forgotten_too(
     post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None], prune: Callable[[], None]
 ) -> None:
