@@ -125,7 +125,10 @@ def test_an_address_that_dies_while_many_are_under_way_is_told_once(
     with service.paused():
         for _ in range(4):
             post(severity="warning")
-        claimed = [app.msgspec.json.decode(row["message"]) for row in service.call(db.many("claim_messages", **given))]
+        claimed = [
+            app.msgspec.json.decode(row["message"])
+            for row in service.call(db.many("claim_messages", **given))
+        ]
         keys = [{name: one[name] for name in ("user_id", "id", "claim_seq")} for one in claimed]
         results = [key | {"email": "alice@example.org", "verdict": "bounced", "error": "550"} for key in keys]
         for start in range(0, 4, at_once):
