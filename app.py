@@ -1494,6 +1494,8 @@ class Worker:
             problem = as_problem(error)
             if problem.code == "database_away":
                 raise
+            if problem.code == "internal":
+                log.error("intake %s: %s", id, describe(error))
             await self.db.run("update_intake", id=id, error=problem.detail or PROBLEMS[problem.code][1])
 
     async def prune_loop(self) -> None:

@@ -210,6 +210,7 @@ def test_a_payload_that_breaks_us_is_kept_and_holds_nobody_up(
     drain()
     eventually(lambda: sql("SELECT count(*) FROM notifications") == [(1,)])
     assert sql("SELECT payload ->> 'title', error FROM intake") == [("trap", "Something went wrong here")]
+    assert "ZeroDivisionError" in caplog.text
 
 
 # ─── Through HTTP ───

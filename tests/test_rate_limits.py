@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,13 @@ NEXT_MINUTE = [
 @pytest.fixture
 def service(delivering: Callable[..., Running]) -> Running:
     return delivering(email_per_minute=5, push_per_minute=3, webhook_per_minute=4)
+
+
+@pytest.fixture(autouse=True)
+def within_one_minute() -> None:
+    """No real minute turns in the middle of a test."""
+    while time.time() % 60 > 54:
+        time.sleep(0.1)
 
 
 @pytest.fixture
