@@ -3,13 +3,13 @@
 -- the first notification with inserted = false, a user without in-app gives NULLs.
 WITH item AS MATERIALIZED (
     -- ref names the row an item asks for: its key, or itself.
-    SELECT i.*, coalesce('key ' || i.idempotency_key, i.id::text) AS ref
+    SELECT i.n, i.id, i.redacted, i.intake, a.*, coalesce('key ' || a.idempotency_key, i.id::text) AS ref
     FROM ROWS FROM (jsonb_to_recordset(%(items)s::jsonb) AS (
-        id uuid, user_id text, event_name text, title text, body text, summary text,
-        target_url text, severity text, data jsonb, idempotency_key text, batch_key text,
-        subject_key text, private boolean, redacted boolean, intake uuid)) WITH ORDINALITY
-        AS i (id, user_id, event_name, title, body, summary, target_url, severity, data,
-              idempotency_key, batch_key, subject_key, private, redacted, intake, n)
+        id uuid, asked jsonb, redacted boolean, intake uuid)) WITH ORDINALITY
+        AS i (id, asked, redacted, intake, n)
+    CROSS JOIN LATERAL jsonb_to_record(i.asked) AS a (
+        user_id text, event_name text, title text, body text, summary text, target_url text, severity text,
+        data jsonb, idempotency_key text, batch_key text, subject_key text, private boolean)
 ),
 -- What was kept for later leaves intake here and nowhere else: it is stored once or was cancelled.
 due AS MATERIALIZED (
@@ -203,7 +203,7 @@ told AS (
            bool_or(available_at <= now()) AS leaves
     FROM queued GROUP BY n
 )
-SELECT i.user_id, s.id, coalesce(s.id = i.id, false) AS inserted,
+SELECT i.user_id, s.id::text, coalesce(s.id = i.id, false) AS inserted,
        json_build_object('notification', n.notification,
                          'deliveries', coalesce(told.deliveries, '[]'::json)) AS answer,
        coalesce(told.leaves, false) AS leaves

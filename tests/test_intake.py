@@ -194,6 +194,7 @@ def test_a_payload_that_breaks_us_is_kept_and_holds_nobody_up(
     sql: Sql,
     drain: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A fault of ours: it must neither stop the loop nor lose the row."""
     usual = app.make_item
