@@ -362,7 +362,7 @@ class MarkRead(Body):
             raise FieldError("all", 'Expected either {"notification_id": id} or {"all": true, "before": id?}')
 
 
-class Listing(Struct):
+class InboxWanted(Struct):
     """What GET /api/notifications may be asked for."""
 
     unread: bool = False
@@ -1879,7 +1879,7 @@ async def create_notifications(ask: Ask, batch: Batch) -> Any:
     return results(await ask.bell.intake.ask(items))
 
 
-async def list_notifications(ask: Ask, wanted: Listing) -> Reply:
+async def list_notifications(ask: Ask, wanted: InboxWanted) -> Reply:
     """The caller's notifications, newest first; 304 when the caller has this very answer."""
     item = msgspec.structs.asdict(wanted) | {"user_id": ask.user.user_id}
     content = (await ask.bell.lists.ask([item]))[0]
@@ -2004,7 +2004,7 @@ def sql(name: str, only: str = "") -> Action:
 # Templates hold every word; a page gets what the API would answer, so both tell the same.
 
 ASSETS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-ASSETS |= {".json": "application/manifest+json"}
+ASSETS |= {".json": "application/json", ".webmanifest": "application/manifest+json"}
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
 POLICY += (
     " manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -2121,7 +2121,7 @@ async def unsubscribe(ask: Ask) -> Reply:
 
 
 async def get_asset(ask: Ask) -> Reply:
-    """A file of the page, cached for a year under its version; the widget and the worker live at the root."""
+    """A file of the page, cached for a year under its version; what others ask for lives at the root."""
     name = ask.path.get("name") or ask.scope["path"][1:]
     if name not in ask.bell.pages.files:
         raise Problem("not_found")
@@ -2199,10 +2199,6 @@ async def get_metrics(ask: Ask) -> Reply:
         METRICS.pool.labels(what).set(ask.bell.pool.get_stats().get(what, 0))
     text = prometheus_client.generate_latest(METRICS.registry)
     return Reply(text, 200, PRIVATE, prometheus_client.CONTENT_TYPE_LATEST)
-
-
-async def get_openapi(ask: Ask) -> Reply:
-    return Reply(describe_api())
 
 
 # ═══ 13 · Embedded PostgreSQL ════════════════════════════════════════════════════════════════
@@ -2511,7 +2507,7 @@ class Route(NamedTuple):
 
 NOTIFICATIONS, USER, WEBHOOK = "/api/notifications", "/api/users/{user_id:str}", "/api/webhooks/{id:uuid}"
 ROUTES = [
-    Route("GET", NOTIFICATIONS, "user", list_notifications, Listing),
+    Route("GET", NOTIFICATIONS, "user", list_notifications, InboxWanted),
     Route("POST", NOTIFICATIONS, "sender", create_notification, NotificationCreate, 201),
     Route("PATCH", NOTIFICATIONS, "user", mark_notifications, MarkRead),
     Route("GET", f"{NOTIFICATIONS}/{{id:uuid}}", "user", sql("get_notification")),
@@ -2554,7 +2550,6 @@ ROUTES = [
     Route("GET", "/health/live", "", get_liveness),
     Route("GET", "/health/ready", "", get_readiness),
     Route("GET", "/metrics", "", get_metrics),
-    Route("GET", "/openapi.json", "", get_openapi),
     Route("GET", "/login", "", show_login),
     Route("POST", "/login", "", login, LoginRequest),
     Route("POST", "/logout", "", logout),
@@ -2563,6 +2558,7 @@ ROUTES = [
     Route("GET", "/assets/{version:str}/{name:str}", "", get_asset),
     Route("GET", "/bell.js", "", get_asset),
     Route("GET", "/sw.js", "", get_asset),
+    Route("GET", "/openapi.json", "", get_asset),
 ]
 ROUTES += [
     Route("GET", path, by, page(f"{template}.html", "get_preferences", *rows), fail=show_error)
@@ -2573,44 +2569,6 @@ ROUTES += [
         ("/admin", "admin", "admin", "get_stats", "list_deliveries", "list_api_keys", "list_webhooks"),
     )
 ]
-
-
-@functools.cache
-def describe_api() -> bytes:
-    """The API as OpenAPI: paths and bodies as the routes have them, the rest as templates/openapi.json."""
-    told = msgspec.json.decode((HERE / "templates/openapi.json").read_bytes())
-    routes = {(route.method.lower(), re.sub(r":\w+", "", route.path)): route for route in ROUTES}
-    taken = [route.takes for route in ROUTES if route.takes]
-    shapes, types = msgspec.json.schema_components(taken, ref_template="#/components/schemas/{name}")
-    shape = dict(zip(map(str, taken), shapes, strict=True))
-    paths = collections.defaultdict[str, dict[str, Any]](dict)
-    for method, path, by, errors, answers in told["operations"]:
-        route = routes[method, path]
-        named = re.findall(r"{(\w+):(\w+)}", route.path)
-        found = {
-            "uuid": {"type": "string", "format": "uuid"},
-            "str": types["KeyCreate"]["properties"]["name"],
-        }
-        asked = [
-            {"name": name, "in": "path", "required": True, "schema": found[kind]} for name, kind in named
-        ]
-        known = (answers | told["errors"][errors]).items()
-        paths[path][method] = operation = {
-            "operationId": f"{method} {path}",
-            "description": " ".join((route.act.__doc__ or "").split()),
-            "security": told["security"][by],
-            "responses": {status: {"$ref": f"#/components/responses/{name}"} for status, name in known},
-            "parameters": asked,
-        }
-        if route.takes and method == "get":
-            fields = types[route.takes.__name__]["properties"].items()
-            asked += [{"name": name, "in": "query", "schema": kind} for name, kind in fields]
-        elif route.takes:
-            content = {"application/json": {"schema": shape[str(route.takes)]}}
-            operation["requestBody"] = {"content": content, "required": "None" not in str(route.takes)}
-    about = {"openapi": "3.1.0", "info": {"title": "Bellhop", "version": VERSION}, "paths": paths}
-    told["components"]["schemas"] = types | told["components"]["schemas"]
-    return msgspec.json.encode(about | {"components": told["components"]})
 
 
 async def answer(ask: Ask, route: Route) -> Any:
