@@ -81,7 +81,7 @@ from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp, Method, Receive, Scope, Send
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from psycopg import AsyncRawCursor
 from psycopg.conninfo import make_conninfo
@@ -516,6 +516,7 @@ def new_id() -> UUID:
     return UUID(int=milliseconds << 80 | 0x7 << 76 | (fraction * 4096 // 1_000_000) << 64 | 2 << 62 | random)
 
 
+JSON, Headers = "application/json", Mapping[str, str]
 PRIVATE = {"Cache-Control": "no-store"}
 
 
@@ -523,11 +524,7 @@ class Reply:
     """An answer: JSON that nobody keeps, if not told otherwise."""
 
     def __init__(
-        self,
-        content: Any = None,
-        status: int = 200,
-        headers: Mapping[str, str] = PRIVATE,
-        media: str = "application/json",
+        self, content: Any, status: int = 200, headers: Headers = PRIVATE, media: str = JSON
     ) -> None:
         self.status, self.headers, self.body = status, {**headers, "X-Content-Type-Options": "nosniff"}, b""
         if content is not None:
@@ -1984,6 +1981,19 @@ async def ping_webhook(ask: Ask) -> Outcome:
     return await ask.bell.outbound.send_webhook(message)
 
 
+class Route(NamedTuple):
+    """One line of the route table."""
+
+    method: Method
+    path: str
+    by: str  # whom ADMITTED lets in; empty: everybody
+    act: Action
+    takes: Any = None  # the type of its body, for GET of its query
+    status: int = 200
+    at_most: int = BODY_BYTES
+    fail: Callable[[Ask, Exception], Reply] = answer_error
+
+
 def sql(name: str, only: str = "") -> Action:
     """The action that is one statement: caller, path and body are its parameters, its row is the answer."""
 
@@ -2067,21 +2077,22 @@ PAGE_PARTS = {"listing": "notifications", "failed": "next_cursor", "stats": "per
 ALL_OF_THEM = {"event": None, "cursor": None, "limit": 30, "channel": None, "about": None}
 
 
-def page(template: str, *names: str) -> Action:
-    """The action that shows a template with the rows of statements, by the names of their columns."""
+def page(path: str, by: str, template: str, *names: str) -> Route:
+    """The route that shows a template with the rows of statements, by the names of their columns."""
 
     async def show(ask: Ask) -> Reply:
         asked = {name: ask.query.get(name) == "1" for name in ("unread", "archived")}
         items = encode([ALL_OF_THEM | asked | {"user_id": ask.user.user_id}])
         db = ask.mine.bind(**ALL_OF_THEM, status="failed", items=items)
         row: dict[str, Any] = {"push_key": ask.bell.outbound.public_key}
-        own = {name: ask.path if name == "get_notification" else {} for name in names}
-        for told in await asyncio.gather(*(db.one(name, **given) for name, given in own.items())):
+        own = {"get_notification": ask.path}
+        rows = (db.one(name, **own.get(name, {})) for name in ("get_preferences", *names))
+        for told in await asyncio.gather(*rows):
             row |= plain(told.get("answer", told))
         shown = {part: row for part, column in PAGE_PARTS.items() if column in row}
-        return ask.bell.pages.show(ask, template, 200, **row | shown)
+        return ask.bell.pages.show(ask, f"{template}.html", 200, **row | shown)
 
-    return show
+    return Route("GET", path, by, show, fail=show_error)
 
 
 def session_cookie(settings: Settings, value: str, seconds: int) -> Reply:
@@ -2333,33 +2344,22 @@ def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
 # ═══ 14 · Wiring ══════════════════════════════════════════════════════════════════════════════
 
 
-def policy(settings: Settings) -> dict[str, Any]:
-    """The figures and words that statements need, bound once."""
-    limits = {channel: getattr(settings, f"{channel}_per_minute") for channel in ("email", "push", "webhook")}
-    notices = {
-        lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
-        for lang, words in WORDS.items()
-    }
-    return {
-        "no_target": NO_TARGET,
-        "limits": encode(limits),
-        "notices": encode(notices),
-        "max_attempts": settings.max_attempts,
-        "retry_base": settings.retry_base_seconds,
-        "retry_max": settings.retry_max_seconds,
-        "lease": settings.lease_seconds,
-        "admins": settings.admins,
-        "days": settings.retention_days,
-    }
-
-
 class Service:
     """All that lives as long as the process."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
         self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings.base_url)
-        self.db = Db(self.pool, self.changed, PATIENCE, **policy(settings))
+        limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
+        notices = {
+            lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
+            for lang, words in WORDS.items()
+        }
+        bound = {"no_target": NO_TARGET, "limits": encode(limits), "notices": encode(notices)}
+        bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
+        bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
+        bound |= {"admins": settings.admins, "days": settings.retention_days}
+        self.db = Db(self.pool, self.changed, PATIENCE, **bound)
         self.grapevine = Grapevine(settings.database_url, self.db, self.hub)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
@@ -2492,28 +2492,16 @@ async def explain_queries(connection: psycopg.AsyncConnection[Any]) -> list[str]
     return faults
 
 
-class Route(NamedTuple):
-    """One line of the route table."""
-
-    method: str
-    path: str
-    by: str  # whom ADMITTED lets in; empty: everybody
-    act: Action
-    takes: Any = None  # the type of its body, for GET of its query
-    status: int = 200
-    at_most: int = BODY_BYTES
-    fail: Callable[[Ask, Exception], Reply] = answer_error
-
-
-NOTIFICATIONS, USER, WEBHOOK = "/api/notifications", "/api/users/{user_id:str}", "/api/webhooks/{id:uuid}"
+INBOX, ONE, WEBHOOK = "/api/notifications", "/api/notifications/{id:uuid}", "/api/webhooks/{id:uuid}"
+USER, CHOICES = "/api/users/{user_id:str}", "/api/users/{user_id:str}/preferences"
 ROUTES = [
-    Route("GET", NOTIFICATIONS, "user", list_notifications, InboxWanted),
-    Route("POST", NOTIFICATIONS, "sender", create_notification, NotificationCreate, 201),
-    Route("PATCH", NOTIFICATIONS, "user", mark_notifications, MarkRead),
-    Route("GET", f"{NOTIFICATIONS}/{{id:uuid}}", "user", sql("get_notification")),
-    Route("PATCH", f"{NOTIFICATIONS}/{{id:uuid}}", "user", sql("update_notification"), NotificationPatch),
-    Route("POST", f"{NOTIFICATIONS}/batch", "program", create_notifications, Batch, 201, BATCH_BYTES),
-    Route("POST", f"{NOTIFICATIONS}/preview", "program", preview_notification, NotificationCreate),
+    Route("GET", INBOX, "user", list_notifications, InboxWanted),
+    Route("POST", INBOX, "sender", create_notification, NotificationCreate, 201),
+    Route("PATCH", INBOX, "user", mark_notifications, MarkRead),
+    Route("GET", ONE, "user", sql("get_notification")),
+    Route("PATCH", ONE, "user", sql("update_notification"), NotificationPatch),
+    Route("POST", f"{INBOX}/batch", "program", create_notifications, Batch, 201, BATCH_BYTES),
+    Route("POST", f"{INBOX}/preview", "program", preview_notification, NotificationCreate),
     Route("GET", "/api/unread-count", "user", sql("get_unread_count")),
     Route("GET", "/api/stream", "user", stream_inbox),
     Route("GET", "/api/preferences", "user", sql("get_preferences", "preferences")),
@@ -2529,9 +2517,7 @@ ROUTES = [
     Route("GET", USER, "program", sql("get_preferences")),
     Route("PUT", USER, "program", sql("update_preferences"), ContactPatch),
     Route("DELETE", USER, "program", sql("delete_user"), None, 204),
-    Route(
-        "PATCH", f"{USER}/preferences", "program", sql("update_preferences", "preferences"), PreferencesPatch
-    ),
+    Route("PATCH", CHOICES, "program", sql("update_preferences", "preferences"), PreferencesPatch),
     Route("GET", f"{USER}/export", "program", sql("get_export")),
     Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest | None, 201),
     Route("GET", "/api/deliveries", "admin", list_deliveries, DeliveriesWanted),
@@ -2559,15 +2545,10 @@ ROUTES = [
     Route("GET", "/bell.js", "", get_asset),
     Route("GET", "/sw.js", "", get_asset),
     Route("GET", "/openapi.json", "", get_asset),
-]
-ROUTES += [
-    Route("GET", path, by, page(f"{template}.html", "get_preferences", *rows), fail=show_error)
-    for path, by, template, *rows in (
-        ("/", "user", "inbox", "list_notifications", "list_outbox"),
-        ("/n/{id:uuid}", "user", "notification", "get_notification"),
-        ("/preferences", "user", "preferences", "list_event_names"),
-        ("/admin", "admin", "admin", "get_stats", "list_deliveries", "list_api_keys", "list_webhooks"),
-    )
+    page("/", "user", "inbox", "list_notifications", "list_outbox"),
+    page("/n/{id:uuid}", "user", "notification", "get_notification"),
+    page("/preferences", "user", "preferences", "list_event_names"),
+    page("/admin", "admin", "admin", "get_stats", "list_deliveries", "list_api_keys", "list_webhooks"),
 ]
 
 
@@ -2616,12 +2597,8 @@ def refuse(request: Request[Any, Any, Any], error: Exception) -> Any:
     return Response(reply.body, status_code=reply.status, headers=reply.headers)
 
 
-def handler(route: Route) -> HTTPRouteHandler:
-    """A route as Litestar knows it; Answering is there before this is called."""
-
-    async def unused() -> None: ...
-
-    return HTTPRouteHandler(route.path, http_method=cast("Any", route.method), opt={"route": route})(unused)
+async def unused() -> None:
+    """A handler for Litestar to route to; Answering is there before it is called."""
 
 
 def create_app(settings: Settings) -> Litestar:
@@ -2638,15 +2615,18 @@ def create_app(settings: Settings) -> Litestar:
 
     allowed = ["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"]
     cors = CORSConfig(settings.cors_origins, allow_headers=allowed, expose_headers=["ETag", "Retry-After"])
+    nothing: dict[str, Any] = {"openapi_config": None, "logging_config": None}
     app = Litestar(
-        route_handlers=[handler(route) for route in ROUTES],
-        lifespan=[lifespan],
+        [
+            HTTPRouteHandler(each.path, http_method=each.method, opt={"route": each})(unused)
+            for each in ROUTES
+        ],
         exception_handlers={Exception: refuse},
         middleware=[Answering],
-        openapi_config=None,
+        lifespan=[lifespan],
         cors_config=cors if settings.cors_origins else None,
-        logging_config=None,
         state=State({"service": service}),
+        **nothing,
     )
     app.asgi_handler = functools.partial(head_as_get, app.asgi_handler)
     return app
