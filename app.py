@@ -516,7 +516,8 @@ def new_id() -> UUID:
     return UUID(int=milliseconds << 80 | 0x7 << 76 | (fraction * 4096 // 1_000_000) << 64 | 2 << 62 | random)
 
 
-JSON, Headers = "application/json", Mapping[str, str]
+JSON = "application/json"
+Headers = Mapping[str, str]
 PRIVATE = {"Cache-Control": "no-store"}
 
 
