@@ -290,8 +290,6 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class NotificationCreate(Body, kw_only=True):
-    """What to tell; an API key names whom."""
-
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
     body: Annotated[str, Meta(max_length=8000)]
@@ -304,7 +302,7 @@ class NotificationCreate(Body, kw_only=True):
     subject_key: Key | None = None
     summary: Annotated[str, Meta(max_length=200)] | None = None
     private: bool = False
-    user_id: UserId | None = None
+    user_id: UserId | None = None  # an API key names whom to tell
     user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=1000)] | None = None
     deliver_at: Annotated[datetime, Meta(tz=True)] | None = None
 
@@ -318,8 +316,6 @@ class Batch(Body):
 
 
 class MarkRead(Body):
-    """Either one notification, or all up to and including `before`."""
-
     notification_id: UUID | None = None
     all: bool | None = None
     before: UUID | None = None
@@ -339,31 +335,25 @@ class NotificationPatch(Body):
             raise FieldError("read", "Expected read, archived or both")
 
 
-class Switches(Body):
-    """One event pattern's channels; null takes the word back."""
-
-    email: bool | None | UnsetType = UNSET
-    push: bool | None | UnsetType = UNSET
-    webhook: bool | None | UnsetType = UNSET
+def patch_body(name: str, **fields: Any) -> type[Struct]:
+    """A body whose fields may each be left out, which is not the same as null."""
+    given = [(field, kind | UnsetType, UNSET) for field, kind in fields.items()]
+    return msgspec.defstruct(name, given, bases=(Body,), module=__name__, kw_only=True)
 
 
-class ContactPatch(Body):
-    email: EmailAddress | None | UnsetType = UNSET
-    timezone: TimeZone | UnsetType = UNSET
-    locale: Locale | UnsetType = UNSET
-
-
-class PreferencesPatch(Body):
-    in_app_enabled: bool | UnsetType = UNSET
-    email_enabled: bool | UnsetType = UNSET
-    push_enabled: bool | UnsetType = UNSET
-    digest_minutes: Annotated[int, Meta(ge=0, le=1440)] | UnsetType = UNSET
-    min_severity: Severity | UnsetType = UNSET
-    quiet_from: Clock | None | UnsetType = UNSET
-    quiet_to: Clock | None | UnsetType = UNSET
-    timezone: TimeZone | UnsetType = UNSET
-    locale: Locale | UnsetType = UNSET
-    events: dict[EventName, Switches | None] | UnsetType = UNSET
+ContactPatch = patch_body("ContactPatch", email=EmailAddress | None, timezone=TimeZone, locale=Locale)
+# One event pattern's channels; null takes the word back.
+Switches = patch_body("Switches", email=bool | None, push=bool | None, webhook=bool | None)
+PreferencesPatch = patch_body(
+    "PreferencesPatch",
+    **dict.fromkeys(("in_app_enabled", "email_enabled", "push_enabled"), bool),
+    digest_minutes=Annotated[int, Meta(ge=0, le=1440)],
+    min_severity=Severity,
+    **dict.fromkeys(("quiet_from", "quiet_to"), Clock | None),
+    timezone=TimeZone,
+    locale=Locale,
+    events=dict[EventName, Switches | None],
+)
 
 
 class PushKeys(Struct):
@@ -371,19 +361,14 @@ class PushKeys(Struct):
     auth: Annotated[str, Meta(max_length=100)]
 
     def __post_init__(self) -> None:
-        try:
-            point = ec.EllipticCurvePublicKey.from_encoded_point(
-                ec.SECP256R1(), base64url_decode(self.p256dh)
-            )
-            if len(base64url_decode(self.auth)) != 16 or point.key_size != 256:
-                raise ValueError
-        except ValueError:
-            raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url") from None
+        with contextlib.suppress(ValueError):
+            ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), base64url_decode(self.p256dh))
+            if len(base64url_decode(self.auth)) == 16:
+                return
+        raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url")
 
 
-class PushSubscription(Struct):
-    """What a browser's PushSubscription.toJSON() gives; browsers may add to it."""
-
+class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
     endpoint: Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+/[^\s\\]*$(?!\n)")]
     keys: PushKeys
 
@@ -410,12 +395,10 @@ class KeyCreate(Body):
 
 
 class WebhookCreate(Body):
-    """An endpoint that is told; with user_id only about that user."""
-
     url: HttpUrl
     events: EventNames = msgspec.field(default_factory=lambda: ["*"])
     min_severity: Severity = "warning"
-    user_id: UserId | None = None
+    user_id: UserId | None = None  # then it is told about this user only
 
 
 class WebhookPatch(Body):
@@ -744,14 +727,13 @@ class Gatekeeper:
             user = user_name(name.encode("latin-1"))
             return Caller("user", user, admin=user in settings.admins)
         _, user, claims = self.read_token(request.cookies.get(COOKIE, ""), "session")
-        admin = claims["trust"] == "admin" or (claims["trust"] == "link" and user in settings.admins)
+        trust = claims.get("trust")
+        admin = trust == "admin" or (trust in ("link", "provider") and user in settings.admins)
         return Caller("user", user, admin, by_cookie=True)
 
     async def by_proof(self, proof: str) -> Caller:
         """The caller behind a key or a token; one look a second is enough for a busy one."""
-        now = time.monotonic()
-        known = self.known.get(proof)
-        if known and known[0] > now:
+        if (known := self.known.get(proof)) and known[0] > time.monotonic():
             return known[1]
         if proof.startswith("bh_"):
             scope = await self.db.maybe("get_api_key", str, hash=hashlib.sha256(proof.encode()).digest())
@@ -762,7 +744,7 @@ class Gatekeeper:
             caller = Caller("user", self.read_token(proof, "user", "provider")[1])
         if len(self.known) >= PROOFS:
             self.known.clear()
-        self.known[proof] = (now + PROOF_SECONDS, caller)
+        self.known[proof] = (time.monotonic() + PROOF_SECONDS, caller)
         return caller
 
     def is_proxy(self, client: tuple[str, int] | None) -> bool:
@@ -783,7 +765,7 @@ class Gatekeeper:
         """A session cookie for a sign-in link's or a user's token. A user token a program may mint
         for anybody never makes an admin; a link or the identity provider's token can."""
         kind, user, claims = self.read_token(token, "link", "user", "provider")
-        trust = {"link": "admin" if claims.get("admin") else "link", "provider": "link"}.get(kind, "user")
+        trust = "admin" if kind == "link" and claims.get("admin") else kind
         return make_token(self.session_key, user, timedelta(days=SESSION_DAYS), trust=trust)
 
 
@@ -1473,6 +1455,7 @@ class Worker:
 STREAMS_PER_USER = 8
 STREAM_COMMENT_SECONDS = 15  # proxies close what is silent for longer
 STREAM_SEND_SECONDS = 10  # a client that takes nothing for this long has stopped reading
+STREAM_END: Any = {"type": "http.response.body", "body": b"", "more_body": False}
 STREAM_HEADERS = {
     b"content-type": b"text/event-stream; charset=utf-8",
     b"cache-control": b"no-store",
@@ -1535,8 +1518,7 @@ class Grapevine:
     async def listen_loop(self) -> None:
         """Pass on what others tell; a word from a newcomer is also when to count again."""
         async with await connect(self.conninfo) as connection:
-            await connection.execute("SET application_name TO 'bellhop live'")
-            await connection.execute("LISTEN bellhop")
+            await connection.execute("SET application_name TO 'bellhop live'; LISTEN bellhop")
             await connection.execute("NOTIFY bellhop, '[]'")
             while True:
                 self.alone = await self.db.one("count_listeners", int) <= 1
@@ -1563,6 +1545,8 @@ class InboxStream:
             self.hub.leave(self)
             self.close()
             await asyncio.gather(*self.tasks, return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(send(STREAM_END), 1)
 
     def close(self) -> None:
         for task in self.tasks:
@@ -1575,14 +1559,9 @@ class InboxStream:
     async def feed(self, send: Send) -> None:
         """Send the start, then an event for each change and a comment in silence."""
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
-        try:
-            while frame := await self.next_frame():
-                async with asyncio.timeout(STREAM_SEND_SECONDS):
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-        finally:
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(1):
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+        while frame := await self.next_frame():
+            async with asyncio.timeout(STREAM_SEND_SECONDS):
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
 
     async def next_frame(self) -> bytes:
         """The next event, or a comment when nothing happened for a while."""
