@@ -218,8 +218,7 @@ def url_host(host: str) -> str:
 def keep_secret(settings: Settings) -> Settings:
     """The settings with a secret: the given one, or one generated into the home and kept there."""
     try:
-        path = Path(settings.home) / "secret"
-        secret = settings.secret or create_private(path, secrets.token_urlsafe(48))
+        secret = settings.secret or create_private(Path(settings.home, "secret"), secrets.token_urlsafe(48))
     except OSError as error:
         raise StartError(f"BELLHOP_HOME cannot keep a secret: {error}") from None
     return msgspec.structs.replace(settings, secret=secret)
@@ -335,16 +334,16 @@ class NotificationPatch(Body):
             raise FieldError("read", "Expected read, archived or both")
 
 
-def patch_body(name: str, **fields: Any) -> type[Struct]:
-    """A body whose fields may each be left out, which is not the same as null."""
-    given = [(field, kind | UnsetType, UNSET) for field, kind in fields.items()]
+def optional(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
+    """A body whose fields may each be left out; UNSET tells that from null, which takes a word back."""
+    given = [(field, kind | type(default), default) for field, kind in fields.items()]
     return msgspec.defstruct(name, given, bases=(Body,), module=__name__, kw_only=True)
 
 
-ContactPatch = patch_body("ContactPatch", email=EmailAddress | None, timezone=TimeZone, locale=Locale)
-# One event pattern's channels; null takes the word back.
-Switches = patch_body("Switches", email=bool | None, push=bool | None, webhook=bool | None)
-PreferencesPatch = patch_body(
+RetryRequest = optional("RetryRequest", None, channel=Channel)
+ContactPatch = optional("ContactPatch", email=EmailAddress | None, timezone=TimeZone, locale=Locale)
+Switches = optional("Switches", email=bool | None, push=bool | None, webhook=bool | None)
+PreferencesPatch = optional(
     "PreferencesPatch",
     **dict.fromkeys(("in_app_enabled", "email_enabled", "push_enabled"), bool),
     digest_minutes=Annotated[int, Meta(ge=0, le=1440)],
@@ -407,10 +406,6 @@ class WebhookPatch(Body):
     min_severity: Severity | UnsetType = UNSET
     user_id: UserId | None | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET
-
-
-class RetryRequest(Body):
-    channel: Channel | None = None
 
 
 class Result(NamedTuple):
@@ -733,7 +728,8 @@ class Gatekeeper:
 
     async def by_proof(self, proof: str) -> Caller:
         """The caller behind a key or a token; one look a second is enough for a busy one."""
-        if (known := self.known.get(proof)) and known[0] > time.monotonic():
+        now = time.monotonic()
+        if (known := self.known.get(proof)) and known[0] > now:
             return known[1]
         if proof.startswith("bh_"):
             scope = await self.db.maybe("get_api_key", str, hash=hashlib.sha256(proof.encode()).digest())
@@ -744,13 +740,13 @@ class Gatekeeper:
             caller = Caller("user", self.read_token(proof, "user", "provider")[1])
         if len(self.known) >= PROOFS:
             self.known.clear()
-        self.known[proof] = (time.monotonic() + PROOF_SECONDS, caller)
+        self.known[proof] = (now + PROOF_SECONDS, caller)
         return caller
 
     def is_proxy(self, client: tuple[str, int] | None) -> bool:
         """The proxy's header counts from its own addresses only."""
-        address = ipaddress.ip_address(client[0]) if client else None
-        return any(address in network for network in self.settings.proxy_addresses)
+        networks = self.settings.proxy_addresses
+        return bool(client) and any(ipaddress.ip_address(client[0]) in network for network in networks)
 
     def read_token(self, token: str, *kinds: str) -> tuple[str, str, dict[str, Any]]:
         """Kind, user and claims of a token that is in time and signed as one of these kinds, or 401."""
