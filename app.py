@@ -66,13 +66,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post
 from litestar.config.cors import CORSConfig
@@ -983,7 +977,7 @@ def load_vapid(settings: Settings) -> EcKey:
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         with contextlib.suppress(FileExistsError):
             create_private(path, pem.decode())
-    key = load_pem_private_key(given.encode() if given else path.read_bytes(), None)
+    key = serialization.load_pem_private_key(given.encode() if given else path.read_bytes(), None)
     if not isinstance(key, EcKey) or key.curve.name != "secp256r1":
         raise ValueError("the VAPID key is not a P-256 private key")
     return key
