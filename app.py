@@ -1454,11 +1454,12 @@ STREAM_HEADERS = {
 
 
 class Hub:
-    """The open streams of this process by user."""
+    """The open streams of this process by user; and hints to and from those that share its database."""
 
-    def __init__(self) -> None:
+    def __init__(self, conninfo: str, db: Db) -> None:
+        self.conninfo, self.db, self.closed = conninfo, db, False
         self.streams: dict[str, list[InboxStream]] = {}
-        self.closed = False
+        self.alone, self.users, self.told = True, set[str](), asyncio.Event()
 
     def publish(self, user_id: str) -> None:
         """Tell a user's streams that the inbox changed; never waits."""
@@ -1483,17 +1484,9 @@ class Hub:
         for stream in itertools.chain(*self.streams.values()):
             stream.close()
 
-
-class Grapevine:
-    """Carries hints between the processes that share a database; silent while there is only one."""
-
-    def __init__(self, conninfo: str, db: Db, hub: Hub) -> None:
-        self.conninfo, self.db, self.hub = conninfo, db, hub
-        self.alone, self.users, self.told = True, set[str](), asyncio.Event()
-
     def changed(self, user_id: str) -> None:
         """An inbox changed here: tell our streams, and the other processes if there are any."""
-        self.hub.publish(user_id)
+        self.publish(user_id)
         if not self.alone:
             self.users.add(user_id)
             self.told.set()
@@ -1513,15 +1506,15 @@ class Grapevine:
             while True:
                 self.alone = await self.db.one("count_listeners", int) <= 1
                 async for word in connection.notifies(timeout=10, stop_after=1):
-                    for user in msgspec.json.decode(word.payload) or list(self.hub.streams):
-                        self.hub.publish(user)
+                    for user in msgspec.json.decode(word.payload) or list(self.streams):
+                        self.publish(user)
 
 
 class InboxStream:
     """The answer to GET /api/stream: one `inbox` event on connect and on every change."""
 
-    def __init__(self, db: Db, hub: Hub, user_id: str) -> None:
-        self.db, self.hub, self.user_id = db, hub, user_id
+    def __init__(self, hub: Hub, user_id: str) -> None:
+        self.hub, self.user_id = hub, user_id
         self.stale, self.tasks = asyncio.Event(), list[asyncio.Task[None]]()
         self.stale.set()
 
@@ -1561,7 +1554,7 @@ class InboxStream:
         except TimeoutError:
             return b": still here\n\n"
         self.stale.clear()
-        hint = await self.db.one("get_hint", user_id=self.user_id)
+        hint = await self.hub.db.one("get_hint", user_id=self.user_id)
         return f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
 
 
@@ -1721,7 +1714,7 @@ class InboxApi(Controller):
     @get("/api/stream")
     async def stream(self, request: Ask) -> ASGIApp:
         """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
-        return InboxStream(request.bell.db, request.bell.hub, request.user.user_id)
+        return InboxStream(request.bell.hub, request.user.user_id)
 
     @get("/api/push/key")
     async def get_push_key(self, request: Ask) -> Any:
@@ -2338,9 +2331,9 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
-        self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings.base_url)
+        self.loops, self.pages = Loops(), Pages(settings.base_url)
         self.db = Db(self.pool, self.changed, PATIENCE, **policy(settings))
-        self.grapevine = Grapevine(settings.database_url, self.db, self.hub)
+        self.hub = Hub(settings.database_url, self.db)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -2353,7 +2346,7 @@ class Service:
         self.pool_check: asyncio.Task[None] | None = None
 
     def changed(self, user_id: str) -> None:
-        self.grapevine.changed(user_id)
+        self.hub.changed(user_id)
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
@@ -2375,7 +2368,7 @@ class Service:
         worker = self.worker
         loops = {"create": self.intake.run, "intake": worker.intake_loop, "prune": worker.prune_loop}
         loops |= {f"list {n}": self.lists.run for n in range(READERS)}
-        loops |= {"listen": self.grapevine.listen_loop, "tell": self.grapevine.tell_loop}
+        loops |= {"listen": self.hub.listen_loop, "tell": self.hub.tell_loop}
         if self.settings.delivery_concurrency:
             loops |= {"claim": worker.claim_loop, "finish": worker.finish_loop}
         for name, run in loops.items():
