@@ -43,7 +43,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
 from email.message import EmailMessage
@@ -62,19 +62,11 @@ import msgspec
 import prometheus_client
 import psycopg
 import uvicorn
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Litestar, Request, Response
 from litestar.config.cors import CORSConfig
@@ -107,14 +99,20 @@ WORDS: dict[str, dict[str, str]] = {
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0, le=10**9)]
 MAIL_FROM = r"^([^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>)\Z"
+LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|(0*:)+0*1")
+LISTS = ("BELLHOP_ADMINS", "BELLHOP_CORS_ORIGINS", "BELLHOP_PROXY_ADDRESSES", "BELLHOP_OUTBOUND_ALLOW")
 
 
 class StartError(Exception):
     """A start that cannot succeed: one clear line on stderr and exit code 2."""
 
 
-class Settings(Struct, frozen=True, kw_only=True):
-    """One field a variable, named BELLHOP_ and the field; the README has the meanings."""
+def variable(field: str) -> str:
+    return "DATABASE_URL" if field == "database_url" else f"BELLHOP_{field.upper()}"
+
+
+class Settings(Struct, frozen=True, kw_only=True, rename=variable):
+    """One field a variable; the README has the meanings."""
 
     database_url: str = ""
     home: str = "/var/lib/bellhop" if os.geteuid() == 0 else "~/.local/share/bellhop"
@@ -128,7 +126,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     jwt_public_key: str = ""
     jwt_audience: str = ""
     proxy_user_header: str = ""
-    proxy_addresses: list[Any] = []  # networks
+    proxy_addresses: list[Container[Any]] = []  # networks
     delivery_concurrency: Count = 16
     lease_seconds: Seconds = 60
     poll_seconds: Seconds = 1
@@ -143,33 +141,33 @@ class Settings(Struct, frozen=True, kw_only=True):
     mail_from: Annotated[str, Meta(pattern=MAIL_FROM)] = ""
     vapid_subject: Annotated[str, Meta(pattern=r"^(mailto:|https://)\S+\Z")] = ""
     vapid_private_key: Annotated[str, Meta(pattern=r"^\s*(-----BEGIN[^\0]*|[\w-]{43}=?\s*)\Z")] = ""
-    outbound_allow: list[Any] = []  # networks
+    outbound_allow: list[Container[Any]] = []  # networks
     retention_days: Count = 90
     pool_size: Annotated[int, Meta(ge=2)] = 10
     url: str = ""
     api_key: str = ""
 
 
-def variable(field: str) -> str:
-    return "DATABASE_URL" if field == "database_url" else f"BELLHOP_{field.upper()}"
-
-
 def load_settings(environ: Mapping[str, str]) -> Settings:
     """The settings of an environment, or a StartError that names the variable at fault."""
-    variables = {variable(name): name for name in Settings.__struct_fields__}
-    values: dict[str, Any] = {}
-    for given in environ:
-        base = given if given in variables else given.removesuffix("_FILE")
-        if base in variables and environ[given]:
-            values[variables[base]] = read_setting(given, base, environ)
-        elif given.startswith("BELLHOP_") and base not in variables:
-            near = difflib.get_close_matches(given, variables, n=1)
-            raise StartError(f"{given} is not a setting{f', did you mean {near[0]}?' if near else ''}")
+    names, values, given = Settings.__struct_encode_fields__, dict[str, Any](), ""
     try:
-        s = msgspec.convert(values, Settings, strict=False)
+        for given, value in environ.items():
+            base = given.removesuffix("_FILE")
+            if base in values and value:
+                raise StartError(f"{base} and {base}_FILE are both set: keep one")
+            if base in names and value:
+                text = value if base == given else Path(value).read_text().rstrip("\r\n")
+                parts = [part.strip() for part in text.split(",") if part.strip()]
+                values[base] = parts if base in LISTS else text
+            elif base not in names and given.startswith("BELLHOP_"):
+                nearest = difflib.get_close_matches(given, names, n=1, cutoff=0)[0]
+                raise StartError(f"{given} is not a setting, did you mean {nearest}?")
+        s = msgspec.convert(values, Settings, strict=False, dec_hook=lambda _, net: ipaddress.ip_network(net))
     except msgspec.ValidationError as error:
-        field, wanted = explain(error)
-        raise StartError(f"{variable(field)} is wrong: {wanted}") from None
+        raise StartError(" is wrong: ".join(explain(error))) from None
+    except (OSError, ValueError) as error:
+        raise StartError(f"{given} is wrong: {error}") from None
     check_settings(s)
     base_url = (s.base_url or f"http://{url_host(s.host)}:{s.port}").rstrip("/")
     subject = s.vapid_subject or (s.mail_from and f"mailto:{parseaddr(s.mail_from)[1]}")
@@ -177,95 +175,57 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     return msgspec.structs.replace(s, home=home, base_url=base_url, vapid_subject=subject)
 
 
-def read_setting(given: str, base: str, environ: Mapping[str, str]) -> Any:
-    """The value of a variable: from its file when it ends in _FILE, split where it is a list."""
-    value = environ[given]
-    if given != base and environ.get(base):
-        raise StartError(f"{base} and {given} are both set: keep one")
-    try:
-        if given != base:
-            value = Path(value).read_text().rstrip("\r\n")
-        if base not in (
-            "BELLHOP_ADMINS",
-            "BELLHOP_CORS_ORIGINS",
-            "BELLHOP_PROXY_ADDRESSES",
-            "BELLHOP_OUTBOUND_ALLOW",
-        ):
-            return value
-        parts = [part.strip() for part in value.split(",") if part.strip()]
-        return parts if base[8] in "AC" else [ipaddress.ip_network(part) for part in parts]
-    except (OSError, ValueError) as error:
-        raise StartError(f"{given} is wrong: {error}") from None
-
-
 def check_settings(s: Settings) -> None:
     """Refuse what is unsafe or cannot work together."""
-    proxy = bool(s.proxy_user_header) != bool(s.proxy_addresses)
+    key, lease = load_public_key(s.jwt_public_key), 2 * s.channel_timeout_seconds
     for refused, words in (
-        (s.secret and len(s.secret.encode()) < 32, "BELLHOP_SECRET is too short: 32 bytes at least"),
-        (s.demo and not is_loopback(s.host), "BELLHOP_DEMO trusts everybody: BELLHOP_HOST must be loopback"),
-        (proxy, "BELLHOP_PROXY_USER_HEADER and BELLHOP_PROXY_ADDRESSES go together"),
-        (s.jwt_audience and not s.jwt_public_key, "BELLHOP_JWT_AUDIENCE needs BELLHOP_JWT_PUBLIC_KEY"),
-        (
-            s.lease_seconds < 2 * s.channel_timeout_seconds,
-            "BELLHOP_LEASE_SECONDS must be at least twice BELLHOP_CHANNEL_TIMEOUT_SECONDS",
-        ),
-        (
-            s.retry_max_seconds < s.retry_base_seconds,
-            "BELLHOP_RETRY_MAX_SECONDS must not be below BELLHOP_RETRY_BASE_SECONDS",
-        ),
-        (s.smtp_url and not s.mail_from, "BELLHOP_SMTP_URL needs BELLHOP_MAIL_FROM"),
+        (0 < len(s.secret.encode()) < 32, "SECRET is too short: 32 bytes at least"),
+        (s.demo and not LOOPBACK.fullmatch(s.host), "DEMO trusts everybody: BELLHOP_HOST must be loopback"),
+        (s.proxy_user_header and not s.proxy_addresses, "PROXY_USER_HEADER needs BELLHOP_PROXY_ADDRESSES"),
+        (s.proxy_addresses and not s.proxy_user_header, "PROXY_ADDRESSES needs BELLHOP_PROXY_USER_HEADER"),
+        (s.jwt_public_key and not key, "JWT_PUBLIC_KEY is wrong: RSA or EC P-256 in PEM is expected"),
+        (s.jwt_audience and not key, "JWT_AUDIENCE needs BELLHOP_JWT_PUBLIC_KEY"),
+        (s.lease_seconds < lease, "LEASE_SECONDS is below twice BELLHOP_CHANNEL_TIMEOUT_SECONDS"),
+        (s.retry_max_seconds < s.retry_base_seconds, "RETRY_MAX_SECONDS is below BELLHOP_RETRY_BASE_SECONDS"),
+        (s.smtp_url and not s.mail_from, "SMTP_URL needs BELLHOP_MAIL_FROM"),
     ):
         if refused:
-            raise StartError(words)
-    if s.jwt_public_key:
-        load_public_key(s.jwt_public_key)
+            raise StartError(f"BELLHOP_{words}")
 
 
-def is_loopback(host: str) -> bool:
+def load_public_key(pem: str) -> tuple[Any, str] | None:
+    """The identity provider's key and the one algorithm that goes with its kind."""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+        key = serialization.load_pem_public_key(pem.encode())
+        if isinstance(key, rsa.RSAPublicKey):
+            return key, "RS256"
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
+            return key, "ES256"
+    return None
 
 
 def url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def load_public_key(pem: str) -> tuple[Any, str]:
-    """The identity provider's key and the one algorithm that goes with its kind."""
-    with contextlib.suppress(ValueError):
-        key = load_pem_public_key(pem.encode())
-        if isinstance(key, RSAPublicKey):
-            return key, "RS256"
-        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
-            return key, "ES256"
-    raise StartError("BELLHOP_JWT_PUBLIC_KEY is wrong: a PEM public key, RSA or EC P-256, is expected")
-
-
 def keep_secret(settings: Settings) -> Settings:
     """The settings with a secret: the given one, or one generated into the home and kept there."""
-    if settings.secret:
-        return settings
-    path = Path(settings.home) / "secret"
     try:
-        with contextlib.suppress(FileExistsError):
-            create_private(path, secrets.token_urlsafe(48))
-        return msgspec.structs.replace(settings, secret=path.read_text())
+        secret = settings.secret or create_private(Path(settings.home, "secret"), secrets.token_urlsafe(48))
     except OSError as error:
         raise StartError(f"BELLHOP_HOME cannot keep a secret: {error}") from None
+    return msgspec.structs.replace(settings, secret=secret)
 
 
-def create_private(path: Path, text: str) -> None:
-    """Write a file that only its owner reads, whole or not at all; FileExistsError if it is there."""
+def create_private(path: Path, text: str) -> str:
+    """Write a file that only its owner reads, whole and only if it is not there; then what it holds."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    try:
-        os.link(draft, path)
-    finally:
-        draft.unlink()
+    with tempfile.NamedTemporaryFile("w", dir=path.parent) as draft:
+        draft.write(text)
+        draft.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(draft.name, path)
+    return path.read_text()
 
 
 def derive(secret: str, purpose: str) -> bytes:
@@ -295,17 +255,17 @@ Clock = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$(?!\n)")]
 Locale = Annotated[str, Meta(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*$(?!\n)", max_length=35)]
 TimeZone = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_+\-/]*$(?!\n)", max_length=64)]
 WANTED = {  # what a pattern means, by the field it guards
-    "base_url": "http(s)://host is expected",
+    "BELLHOP_BASE_URL": "http(s)://host is expected",
     "email": "must be an e-mail address",
     "locale": "must be a language such as en or pt-BR",
-    "mail_from": "an address is expected",
+    "BELLHOP_MAIL_FROM": "an address is expected",
     "quiet_from": "must be a time such as 22:00",
     "quiet_to": "must be a time such as 07:00",
-    "smtp_url": "smtp://host:587 or smtps://host:465 is expected",
+    "BELLHOP_SMTP_URL": "smtp://host:587 or smtps://host:465 is expected",
     "target_url": "must be http(s)://host… or a path that starts with one /",
     "timezone": "must be a time zone such as Europe/Berlin",
-    "vapid_private_key": "a PEM private key or 32 bytes in base64url is expected",
-    "vapid_subject": "mailto: or https:// is expected",
+    "BELLHOP_VAPID_PRIVATE_KEY": "a PEM private key or 32 bytes in base64url is expected",
+    "BELLHOP_VAPID_SUBJECT": "mailto: or https:// is expected",
 }
 
 
@@ -322,8 +282,6 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class NotificationCreate(Body, kw_only=True):
-    """What to tell; an API key names whom."""
-
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
     body: Annotated[str, Meta(max_length=8000)]
@@ -336,7 +294,7 @@ class NotificationCreate(Body, kw_only=True):
     subject_key: Key | None = None
     summary: Annotated[str, Meta(max_length=200)] | None = None
     private: bool = False
-    user_id: UserId | None = None
+    user_id: UserId | None = None  # an API key names whom to tell
     user_ids: Annotated[list[UserId], Meta(min_length=1, max_length=1000)] | None = None
     deliver_at: Annotated[datetime, Meta(tz=True)] | None = None
 
@@ -350,8 +308,6 @@ class Batch(Body):
 
 
 class MarkRead(Body):
-    """Either one notification, or all up to and including `before`."""
-
     notification_id: UUID | None = None
     all: bool | None = None
     before: UUID | None = None
@@ -389,31 +345,25 @@ class NotificationPatch(Body):
             raise FieldError("read", "Expected read, archived or both")
 
 
-class Switches(Body):
-    """One event pattern's channels; null takes the word back."""
-
-    email: bool | None | UnsetType = UNSET
-    push: bool | None | UnsetType = UNSET
-    webhook: bool | None | UnsetType = UNSET
+def optional(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
+    """A body whose fields may each be left out; UNSET tells that from null, which takes a word back."""
+    given = [(field, kind | type(default), default) for field, kind in fields.items()]
+    return msgspec.defstruct(name, given, bases=(Body,), module=__name__, kw_only=True)
 
 
-class ContactPatch(Body):
-    email: EmailAddress | None | UnsetType = UNSET
-    timezone: TimeZone | UnsetType = UNSET
-    locale: Locale | UnsetType = UNSET
-
-
-class PreferencesPatch(Body):
-    in_app_enabled: bool | UnsetType = UNSET
-    email_enabled: bool | UnsetType = UNSET
-    push_enabled: bool | UnsetType = UNSET
-    digest_minutes: Annotated[int, Meta(ge=0, le=1440)] | UnsetType = UNSET
-    min_severity: Severity | UnsetType = UNSET
-    quiet_from: Clock | None | UnsetType = UNSET
-    quiet_to: Clock | None | UnsetType = UNSET
-    timezone: TimeZone | UnsetType = UNSET
-    locale: Locale | UnsetType = UNSET
-    events: dict[EventName, Switches | None] | UnsetType = UNSET
+RetryRequest = optional("RetryRequest", None, channel=Channel)
+ContactPatch = optional("ContactPatch", email=EmailAddress | None, timezone=TimeZone, locale=Locale)
+Switches = optional("Switches", email=bool | None, push=bool | None, webhook=bool | None)
+PreferencesPatch = optional(
+    "PreferencesPatch",
+    **dict.fromkeys(("in_app_enabled", "email_enabled", "push_enabled"), bool),
+    digest_minutes=Annotated[int, Meta(ge=0, le=1440)],
+    min_severity=Severity,
+    **dict.fromkeys(("quiet_from", "quiet_to"), Clock | None),
+    timezone=TimeZone,
+    locale=Locale,
+    events=dict[EventName, Switches | None],
+)
 
 
 class PushKeys(Struct):
@@ -421,19 +371,14 @@ class PushKeys(Struct):
     auth: Annotated[str, Meta(max_length=100)]
 
     def __post_init__(self) -> None:
-        try:
-            point = ec.EllipticCurvePublicKey.from_encoded_point(
-                ec.SECP256R1(), base64url_decode(self.p256dh)
-            )
-            if len(base64url_decode(self.auth)) != 16 or point.key_size != 256:
-                raise ValueError
-        except ValueError:
-            raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url") from None
+        with contextlib.suppress(ValueError):
+            ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), base64url_decode(self.p256dh))
+            if len(base64url_decode(self.auth)) == 16:
+                return
+        raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url")
 
 
-class PushSubscription(Struct):
-    """What a browser's PushSubscription.toJSON() gives; browsers may add to it."""
-
+class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
     endpoint: Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+/[^\s\\]*$(?!\n)")]
     keys: PushKeys
 
@@ -460,12 +405,10 @@ class KeyCreate(Body):
 
 
 class WebhookCreate(Body):
-    """An endpoint that is told; with user_id only about that user."""
-
     url: HttpUrl
     events: EventNames = msgspec.field(default_factory=lambda: ["*"])
     min_severity: Severity = "warning"
-    user_id: UserId | None = None
+    user_id: UserId | None = None  # then it is told about this user only
 
 
 class WebhookPatch(Body):
@@ -474,10 +417,6 @@ class WebhookPatch(Body):
     min_severity: Severity | UnsetType = UNSET
     user_id: UserId | None | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET
-
-
-class RetryRequest(Body):
-    channel: Channel | None = None
 
 
 class Result(NamedTuple):
@@ -786,33 +725,40 @@ class Gatekeeper:
 
     def __init__(self, settings: Settings, db: Db) -> None:
         self.settings, self.db = settings, db
-        self.session_key = derive(settings.secret, "session")
-        self.link_key = derive(settings.secret, "link")
-        self.provider_key = load_public_key(settings.jwt_public_key) if settings.jwt_public_key else None
+        self.session_key, self.link_key = derive(settings.secret, "session"), derive(settings.secret, "link")
+        # A kind of token has its key, the one algorithm that goes with that, and its audience.
+        self.kinds: dict[str, tuple[Any, str, str | None]] = {
+            "session": (self.session_key, "HS256", None),
+            "link": (self.link_key, "HS256", None),
+            "user": (settings.secret, "HS256", None),
+        }
+        if provider := load_public_key(settings.jwt_public_key):
+            self.kinds["provider"] = (*provider, settings.jwt_audience or None)
         self.known: dict[str, tuple[float, Caller]] = {}
 
     async def identify(self, request: Ask) -> Caller:
         """The caller of a request, or 401."""
-        headers = request.headers
+        headers, settings = request.headers, self.settings
         if authorization := headers.get("authorization"):
             kind, _, proof = authorization.partition(" ")
             if kind.lower() != "bearer":
                 raise Problem("unauthorized")
             return await self.by_proof(proof)
-        if self.settings.demo and (demo := headers.get("x-demo-user-id")):
-            return Caller("demo", user_name(demo.encode("latin-1")))
-        if user := self.proxied_user(request):
-            refuse_other_sites(request, self.settings.base_url, strict=False)
-            return Caller("user", user, admin=user in self.settings.admins)
-        if cookie := request.cookies.get(COOKIE):
-            return self.by_session(cookie)
-        raise Problem("unauthorized")
+        if settings.demo and (name := headers.get("x-demo-user-id")):
+            return Caller("demo", user_name(name.encode("latin-1")))
+        if (name := headers.get(settings.proxy_user_header)) and self.is_proxy(request.scope.get("client")):
+            refuse_other_sites(request, settings.base_url, strict=False)
+            user = user_name(name.encode("latin-1"))
+            return Caller("user", user, admin=user in settings.admins)
+        _, user, claims = self.read_token(request.cookies.get(COOKIE, ""), "session")
+        trust = claims.get("trust")
+        admin = trust == "admin" or (trust in ("link", "provider") and user in settings.admins)
+        return Caller("user", user, admin, by_cookie=True)
 
     async def by_proof(self, proof: str) -> Caller:
         """The caller behind a key or a token; one look a second is enough for a busy one."""
         now = time.monotonic()
-        known = self.known.get(proof)
-        if known and known[0] > now:
+        if (known := self.known.get(proof)) and known[0] > now:
             return known[1]
         if proof.startswith("bh_"):
             scope = await self.db.maybe("get_api_key", str, hash=hashlib.sha256(proof.encode()).digest())
@@ -820,74 +766,45 @@ class Gatekeeper:
                 raise Problem("unauthorized")
             caller = Caller("key", admin=scope == "admin")
         else:
-            caller = Caller("user", self.read_user_token(proof)["sub"])
+            caller = Caller("user", self.read_token(proof, "user", "provider")[1])
         if len(self.known) >= PROOFS:
             self.known.clear()
         self.known[proof] = (now + PROOF_SECONDS, caller)
         return caller
 
-    def read_user_token(self, token: str) -> dict[str, Any]:
-        """The claims of a valid user token; the algorithm decides the key, never the other way."""
-        with contextlib.suppress(jwt.PyJWTError):
-            if jwt.get_unverified_header(token).get("alg") == "HS256":
-                return decode_token(token, self.settings.secret, "HS256") | {"provider": False}
-        if self.provider_key is None:
-            raise Problem("unauthorized")
-        audience = self.settings.jwt_audience or None
-        return decode_token(token, *self.provider_key, audience) | {"provider": True}
+    def is_proxy(self, client: tuple[str, int] | None) -> bool:
+        """The proxy's header counts from its own addresses only."""
+        networks = self.settings.proxy_addresses
+        return bool(client) and any(ipaddress.ip_address(client[0]) in network for network in networks)
 
-    def by_session(self, cookie: str) -> Caller:
-        """The user of the page's cookie."""
-        claims = decode_token(cookie, self.session_key, "HS256")
-        user, trust = claims["sub"], claims.get("trust")
-        admin = trust == "admin" or (trust == "link" and user in self.settings.admins)
-        return Caller("user", user, admin=admin, by_cookie=True)
+    def read_token(self, token: str, *kinds: str) -> tuple[str, str, dict[str, Any]]:
+        """Kind, user and claims of a token that is in time and signed as one of these kinds, or 401."""
+        for kind in self.kinds.keys() & kinds:
+            key, algorithm, audience = self.kinds[kind]
+            with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError):
+                claims = jwt.decode(token, key, [algorithm], {"require": ["sub", "exp"]}, audience=audience)
+                return kind, user_name(claims["sub"].encode()), claims
+        raise Problem("unauthorized")
 
     def start_session(self, token: str) -> str:
         """A session cookie for a sign-in link's or a user's token. A user token a program may mint
         for anybody never makes an admin; a link or the identity provider's token can."""
-        try:
-            claims = decode_token(token, self.link_key, "HS256")
-            trust = "admin" if claims.get("admin") else "link"
-        except Problem:
-            claims = self.read_user_token(token)
-            trust = "link" if claims.get("provider") else "user"
-        return make_token(self.session_key, claims["sub"], timedelta(days=SESSION_DAYS), trust=trust)
-
-    def proxied_user(self, request: Ask) -> str:
-        """The user a trusted proxy names; its header counts from its own addresses only."""
-        name, client = self.settings.proxy_user_header.lower(), request.scope.get("client")
-        if not name or not client or not request.headers.get(name):
-            return ""
-        address = ipaddress.ip_address(client[0])
-        if not any(address in network for network in self.settings.proxy_addresses):
-            return ""
-        return user_name(request.headers[name].encode("latin-1"))
+        kind, user, claims = self.read_token(token, "link", "user", "provider")
+        trust = "admin" if kind == "link" and claims.get("admin") else kind
+        return make_token(self.session_key, user, timedelta(days=SESSION_DAYS), trust=trust)
 
 
-def user_name(given: str | bytes) -> str:
-    """A user id from a token, or from the bytes of a header, within its bounds."""
+def user_name(given: bytes) -> str:
+    """A user id from a token or a header, within its bounds."""
     with contextlib.suppress(UnicodeError):
-        name = (given.encode() if isinstance(given, str) else given).decode()
+        name = given.decode()
         if 1 <= len(name) <= 200 and "\0" not in name:
             return name
     raise Problem("unauthorized")
 
 
 def make_token(key: str | bytes, user_id: str, life: timedelta, **claims: Any) -> str:
-    """A signed token for a user."""
     return jwt.encode({"sub": user_id, "exp": datetime.now(UTC) + life, **claims}, key, "HS256")
-
-
-def decode_token(token: str, key: Any, algorithm: str, audience: str | None = None) -> dict[str, Any]:
-    """A token's claims, or 401: signed by this key and algorithm, in time, for a possible user."""
-    try:
-        required = ["sub", "exp", *(["aud"] if audience else [])]
-        claims = jwt.decode(token, key, [algorithm], {"require": required}, audience=audience)
-    except (jwt.PyJWTError, ValueError, TypeError):
-        raise Problem("unauthorized") from None
-    claims["sub"] = user_name(claims["sub"])
-    return claims
 
 
 def refuse_other_sites(request: Ask, base_url: str, strict: bool) -> None:
@@ -1099,7 +1016,7 @@ def load_vapid(settings: Settings) -> EcKey:
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         with contextlib.suppress(FileExistsError):
             create_private(path, pem.decode())
-    key = load_pem_private_key(given.encode() if given else path.read_bytes(), None)
+    key = serialization.load_pem_private_key(given.encode() if given else path.read_bytes(), None)
     if not isinstance(key, EcKey) or key.curve.name != "secp256r1":
         raise ValueError("the VAPID key is not a P-256 private key")
     return key
@@ -1566,20 +1483,22 @@ class Worker:
 
 STREAMS_PER_USER = 8
 STREAM_COMMENT_SECONDS = 15  # proxies close what is silent for longer
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
-]
 STREAM_SEND_SECONDS = 10  # a client that takes nothing for this long has stopped reading
+STREAM_END: Any = {"type": "http.response.body", "body": b"", "more_body": False}
+STREAM_HEADERS = {
+    b"content-type": b"text/event-stream; charset=utf-8",
+    b"cache-control": b"no-store",
+    b"x-accel-buffering": b"no",
+}
 
 
 class Hub:
-    """The open streams of this process by user."""
+    """The open streams of this process by user; and hints to and from those that share its database."""
 
-    def __init__(self) -> None:
+    def __init__(self, conninfo: str, db: Db) -> None:
+        self.conninfo, self.db, self.closed = conninfo, db, False
         self.streams: dict[str, list[InboxStream]] = {}
-        self.closed = False
+        self.alone, self.users, self.told = True, set[str](), asyncio.Event()
 
     def publish(self, user_id: str) -> None:
         """Tell a user's streams that the inbox changed; never waits."""
@@ -1590,44 +1509,30 @@ class Hub:
         """Count a stream in; one too many closes the oldest."""
         streams = self.streams.setdefault(stream.user_id, [])
         streams.append(stream)
-        if len(streams) > STREAMS_PER_USER:
-            streams[0].close()
-        if self.closed:
-            stream.close()
+        for each in streams if self.closed else streams[:-STREAMS_PER_USER]:
+            each.close()
 
     def leave(self, stream: InboxStream) -> None:
-        """Forget a stream that ended."""
-        streams = self.streams[stream.user_id]
-        streams.remove(stream)
-        if not streams:
+        self.streams[stream.user_id].remove(stream)
+        if not self.streams[stream.user_id]:
             del self.streams[stream.user_id]
 
     def close(self) -> None:
         """End every stream: the process stops."""
         self.closed = True
-        for streams in list(self.streams.values()):
-            for stream in streams:
-                stream.close()
-
-
-class Grapevine:
-    """Carries hints between the processes that share a database; silent while there is only one."""
-
-    def __init__(self, conninfo: str, db: Db, hub: Hub) -> None:
-        self.conninfo, self.db, self.hub = conninfo, db, hub
-        self.alone, self.users, self.told = True, set[str](), asyncio.Event()
+        for stream in itertools.chain(*self.streams.values()):
+            stream.close()
 
     def changed(self, user_id: str) -> None:
         """An inbox changed here: tell our streams, and the other processes if there are any."""
-        self.hub.publish(user_id)
+        self.publish(user_id)
         if not self.alone:
             self.users.add(user_id)
             self.told.set()
 
     async def tell_loop(self) -> None:
         """One NOTIFY for all that changed meanwhile; more than it can carry means everybody."""
-        while True:
-            await self.told.wait()
+        while await self.told.wait():
             self.told.clear()
             users, self.users = encode(sorted(self.users)), set()
             await self.db.many("record_change", users=users if len(users) < 2000 else "[]")
@@ -1635,14 +1540,13 @@ class Grapevine:
     async def listen_loop(self) -> None:
         """Pass on what others tell; a word from a newcomer is also when to count again."""
         async with await connect(self.conninfo) as connection:
-            await connection.execute("SET application_name TO 'bellhop live'")
-            await connection.execute("LISTEN bellhop")
+            await connection.execute("SET application_name TO 'bellhop live'; LISTEN bellhop")
             await connection.execute("NOTIFY bellhop, '[]'")
             while True:
                 self.alone = await self.db.one("count_listeners", int) <= 1
                 async for word in connection.notifies(timeout=10, stop_after=1):
-                    for user in msgspec.json.decode(word.payload) or list(self.hub.streams):
-                        self.hub.publish(user)
+                    for user in msgspec.json.decode(word.payload) or list(self.streams):
+                        self.publish(user)
 
 
 class InboxStream:
@@ -1650,51 +1554,38 @@ class InboxStream:
 
     status = 200
 
-    def __init__(self, db: Db, hub: Hub, user_id: str) -> None:
-        self.db, self.hub, self.user_id = db, hub, user_id
-        self.stale = asyncio.Event()
+    def __init__(self, hub: Hub, user_id: str) -> None:
+        self.hub, self.user_id = hub, user_id
+        self.stale, self.tasks = asyncio.Event(), list[asyncio.Task[None]]()
         self.stale.set()
-        self.task: asyncio.Task[None] | None = None
-
-    def close(self) -> None:
-        """End this stream from outside."""
-        if self.task:
-            self.task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; then the connection ends."""
-        self.task = asyncio.create_task(self.feed(send))
-        leaving = asyncio.create_task(self.wait_for_leave(receive))
+        self.tasks = [asyncio.create_task(self.feed(send)), asyncio.create_task(self.wait_for_leave(receive))]
         self.hub.open(self)
         try:
-            await asyncio.wait({self.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.hub.leave(self)
-            leaving.cancel()
-            self.task.cancel()
-            await asyncio.gather(self.task, leaving, return_exceptions=True)
+            self.close()
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(send(STREAM_END), 1)
+
+    def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
 
     async def wait_for_leave(self, receive: Receive) -> None:
-        """Return when the client has gone."""
         while (await receive())["type"] != "http.disconnect":
             pass
 
     async def feed(self, send: Send) -> None:
         """Send the start, then an event for each change and a comment in silence."""
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        try:
-            while True:
-                await self.write(send, await self.next_frame())
-        finally:
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(
-                    send({"type": "http.response.body", "body": b"", "more_body": False}), 1
-                )
-
-    async def write(self, send: Send, frame: bytes) -> None:
-        """Send one frame; a client that does not take it in time is dropped."""
-        async with asyncio.timeout(STREAM_SEND_SECONDS):
-            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
+        while frame := await self.next_frame():
+            async with asyncio.timeout(STREAM_SEND_SECONDS):
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
 
     async def next_frame(self) -> bytes:
         """The next event, or a comment when nothing happened for a while."""
@@ -1704,9 +1595,8 @@ class InboxStream:
         except TimeoutError:
             return b": still here\n\n"
         self.stale.clear()
-        hint = await self.db.one("get_hint", user_id=self.user_id)
-        data = encode(hint)
-        return f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {data}\n\n".encode()
+        hint = await self.hub.db.one("get_hint", user_id=self.user_id)
+        return f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
 
 
 # ═══ 10 · API ═════════════════════════════════════════════════════════════════════════════════
@@ -1898,7 +1788,7 @@ async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
 
 async def stream_inbox(ask: Ask) -> ASGIApp:
     """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
-    return InboxStream(ask.bell.db, ask.bell.hub, ask.user.user_id)
+    return InboxStream(ask.bell.hub, ask.user.user_id)
 
 
 async def get_push_key(ask: Ask) -> Any:
@@ -2350,7 +2240,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
-        self.hub, self.loops, self.pages = Hub(), Loops(), Pages(settings.base_url)
+        self.loops, self.pages = Loops(), Pages(settings.base_url)
         limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
         notices = {
             lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
@@ -2361,7 +2251,7 @@ class Service:
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
         bound |= {"admins": settings.admins, "days": settings.retention_days}
         self.db = Db(self.pool, self.changed, PATIENCE, **bound)
-        self.grapevine = Grapevine(settings.database_url, self.db, self.hub)
+        self.hub = Hub(settings.database_url, self.db)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -2374,7 +2264,7 @@ class Service:
         self.pool_check: asyncio.Task[None] | None = None
 
     def changed(self, user_id: str) -> None:
-        self.grapevine.changed(user_id)
+        self.hub.changed(user_id)
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
@@ -2396,7 +2286,7 @@ class Service:
         worker = self.worker
         loops = {"create": self.intake.run, "intake": worker.intake_loop, "prune": worker.prune_loop}
         loops |= {f"list {n}": self.lists.run for n in range(READERS)}
-        loops |= {"listen": self.grapevine.listen_loop, "tell": self.grapevine.tell_loop}
+        loops |= {"listen": self.hub.listen_loop, "tell": self.hub.tell_loop}
         if self.settings.delivery_concurrency:
             loops |= {"claim": worker.claim_loop, "finish": worker.finish_loop}
         for name, run in loops.items():

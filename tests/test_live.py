@@ -77,7 +77,7 @@ def test_a_change_in_one_process_reaches_the_streams_of_another(
     serve: Callable[..., Running], client: Client, make_key: Callable[[str], str]
 ) -> None:
     first, second = serve(), serve()
-    eventually(lambda: not first.service.grapevine.alone and not second.service.grapevine.alone)
+    eventually(lambda: not first.service.hub.alone and not second.service.hub.alone)
     with streaming(second, client, "alice") as (tab,):
         body = {"user_id": "alice", "event_name": "a", "title": "b", "body": "c"}
         started = time.monotonic()
