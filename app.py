@@ -989,14 +989,13 @@ def looks_secret(text: str) -> bool:
         return True
     runs = (re.split(r"[\s-]", run) for run in DIGITS.findall(text))
     rows = (itertools.accumulate(groups[at : at + 6]) for groups in runs for at in range(len(groups)))
-    return any(map(is_card, itertools.chain.from_iterable(rows)))  # expiry or code may stand around it
+    return any(map(luhn, filter(CARD.fullmatch, itertools.chain.from_iterable(rows))))
 
 
-def is_card(digits: str) -> bool:
-    if not CARD.fullmatch(digits):
-        return False
+def luhn(digits: str) -> bool:
+    """Whether the last digit checks the others, as on every card."""
     doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
-    return (sum(map(int, digits[-1::-2])) + doubled) % 10 == 0  # Luhn: the last digit checks the others
+    return (sum(map(int, digits[-1::-2])) + doubled) % 10 == 0
 
 
 def one_line(text: str) -> str:
@@ -1004,13 +1003,8 @@ def one_line(text: str) -> str:
     return UNPRINTABLE.sub(" ", text).strip()
 
 
-def sign_unsubscribe(secret: str, user_id: str, event_name: str | None) -> str:
-    """The token of an unsubscribe link; it never expires, because old mails are read too."""
-    return jwt.encode({"sub": user_id, "event": event_name}, derive(secret, "unsubscribe"), "HS256")
-
-
 def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
-    """Whom and which event the token names; None when it was not signed here."""
+    """Whom and which event a mail's token names; None when it was not signed here. Old mails are read too."""
     with contextlib.suppress(jwt.InvalidTokenError):
         claims = jwt.decode(token, derive(secret, "unsubscribe"), ["HS256"])
         return claims["sub"], claims["event"]
@@ -1112,8 +1106,6 @@ def webhook_host(settings: Settings, url: str | UnsetType) -> str | None:
 
 
 class Outbound:
-    """The three ways out, and what they keep between two messages."""
-
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base, self.seconds = settings, settings.base_url, settings.channel_timeout_seconds
         self.smtp = smtp_arguments(settings.smtp_url or "smtp://no-mail-server-is-set.invalid")
@@ -1144,12 +1136,16 @@ class Outbound:
         """A try ends within the channel timeout, and a mistake in it costs one message one attempt."""
         try:
             async with asyncio.timeout(self.seconds):
-                return await getattr(self, f"send_{message.channel}")(message)
+                outcome = await getattr(self, f"send_{message.channel}")(message)
         except TimeoutError:
-            return Outcome("retry", "timed out")
+            outcome = Outcome("retry", "timed out")
+        except ValueError as error:  # in an address, a key or a header: no later try can do better
+            outcome = Outcome("dead", str(error))
         except Exception as error:  # its words may hold an address, so only its name is logged
             log.error("message %s: %s", message.id, type(error).__name__)
-            return Outcome("retry", type(error).__name__)
+            outcome = Outcome("retry", type(error).__name__)
+        outcome.error = one_line(outcome.error)[:200]  # else JSON or PostgreSQL may refuse all results
+        return outcome
 
     def _told(self, message: Outgoing) -> dict[str, Any]:
         """What may leave: the reader's words, what each line says in them, and what stands for all lines."""
@@ -1161,13 +1157,16 @@ class Outbound:
     def compose(self, message: Outgoing) -> bytes:
         """The mail, read again as its reader will: ValueError when a header was added or is missing."""
         told, mail = self._told(message), EmailMessage(policy=MAIL_POLICY)
-        token = sign_unsubscribe(self.settings.secret, message.user_id, message.event_name)
-        told |= {"unsubscribe": f"{self.base}/unsubscribe/{token}"}
-        told |= {"subject": told["title"].replace("=?", "= ?")}  # Python would decode it, newlines included
+        claims = {"sub": message.user_id, "event": message.event_name}
+        told["token"] = jwt.encode(claims, derive(self.settings.secret, "unsubscribe"), "HS256")
+        told["subject"] = told["title"].replace("=?", "= ?")  # Python would decode it, newlines included
         for name, value in HEADERS["email"].items():
             mail[name] = value.format(**told)
         kind = "messages/" + ("single" if message.total == 1 else "digest")
         mail.set_content(TEMPLATES.get_template(f"{kind}.txt").render(told))
+        mail.make_alternative(
+            derive(self.settings.secret, mail["Message-ID"]).hex()
+        )  # nobody guesses the seam
         mail.add_alternative(TEMPLATES.get_template(f"{kind}.html").render(told), subtype="html")
         raw = mail.as_bytes()
         if message_from_bytes(raw).keys() != mail.keys():
@@ -1189,15 +1188,11 @@ class Outbound:
             return Outcome("sent")
         except MAIL_FAULTS as error:
             code, verdict = getattr(error, "code", 0), "retry"
-            login = isinstance(error, aiosmtplib.SMTPAuthenticationError)
-            if not client and (login or not 400 <= code < 500):
+            if not client and (isinstance(error, aiosmtplib.SMTPAuthenticationError) or code // 100 != 4):
                 verdict = "fault"
-            elif 500 <= code < 600:
+            elif code // 100 == 5:
                 verdict = "bounced" if isinstance(error, aiosmtplib.SMTPRecipientRefused) else "dead"
-            words = one_line(str(getattr(error, "message", error)))
-            return Outcome(verdict, f"{code or type(error).__name__} {words}"[:200])
-        except ValueError as error:
-            return Outcome("dead", str(error)[:200])
+            return Outcome(verdict, f"{code or type(error).__name__} {getattr(error, 'message', error)}")
         finally:
             if client and client not in self.idle:
                 client.close()
@@ -1224,12 +1219,9 @@ class Outbound:
     async def send_push(self, message: Outgoing) -> Outcome:
         """One item as itself; several as "N notifications", which replaces the one shown before it."""
         address, told = message.address, self._told(message)
-        try:
-            keys = base64url_decode(address["p256dh"]), base64url_decode(address["auth"])
-            body = seal_push(TEMPLATES.get_template("messages/push.json").render(told).encode(), *keys)
-            origin = str(URL(address["endpoint"]).origin())
-        except ValueError:
-            return Outcome("dead", "the keys or the endpoint of the subscription are unusable")
+        text = TEMPLATES.get_template("messages/push.json").render(told).encode()
+        body = seal_push(text, base64url_decode(address["p256dh"]), base64url_decode(address["auth"]))
+        origin = str(URL(address["endpoint"]).origin())
         subject, period = self.settings.vapid_subject or self.base, int(time.time() // VAPID_SECONDS)
         told |= {"vapid": vapid_header(self.vapid, subject, origin, period), "topic": message.id.hex}
         if message.folded:
@@ -1265,7 +1257,7 @@ class Outbound:
                         words = await answer.content.read(1_000)
                 again = answer.status in (408, 425, 429) or answer.status >= 500
                 verdict = STATUSES[channel].get(answer.status, "retry" if again else "refused")
-                error = f"{answer.status} {one_line(words.decode('utf-8', 'replace'))}"[:200]
+                error = f"{answer.status} {words.decode('utf-8', 'replace')}"
                 return Outcome(verdict, error, retry_after(answer.headers.get("Retry-After", "")))
         except (aiohttp.ClientError, ValueError) as error:
             cause, verdict = getattr(error, "os_error", None), "retry"
@@ -1273,7 +1265,7 @@ class Outbound:
                 verdict = "refused" if isinstance(cause, PermissionError) else "fault"
             elif isinstance(error, ValueError):
                 verdict = "refused"
-            return Outcome(verdict, str(cause or type(error).__name__)[:200])
+            return Outcome(verdict, str(cause or type(error).__name__))
 
 
 # ═══ 8 · Worker ═══════════════════════════════════════════════════════════════════════════════
@@ -1382,7 +1374,6 @@ class Worker:
         outcome = await self.outbound.send(message)
         key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
         key["email"] = message.address.get("email")
-        outcome.error = one_line(outcome.error)  # what JSON or PostgreSQL refuse would hold up all results
         self.results.append(key | msgspec.structs.asdict(outcome))
         self.done.set()
 
