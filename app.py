@@ -67,7 +67,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Controller, Litestar, MediaType, Request, Response, delete, get, patch, post
 from litestar.config.cors import CORSConfig
@@ -229,7 +229,7 @@ def url_host(host: str) -> str:
 def load_public_key(pem: str) -> tuple[Any, str]:
     """The identity provider's key and the one algorithm that goes with its kind."""
     with contextlib.suppress(ValueError):
-        key = load_pem_public_key(pem.encode())
+        key = serialization.load_pem_public_key(pem.encode())
         if isinstance(key, RSAPublicKey):
             return key, "RS256"
         if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1":
@@ -987,9 +987,12 @@ def looks_secret(text: str) -> bool:
     """Whether the text holds a key, a token or a card number and must therefore stay inside."""
     if "-----BEGIN " in text or (HINT.search(text) and TOKEN.search(text)):
         return True
-    runs = (re.split(r"[\s-]", run) for run in DIGITS.findall(text))
-    rows = (itertools.accumulate(groups[at : at + 6]) for groups in runs for at in range(len(groups)))
-    return any(map(luhn, filter(CARD.fullmatch, itertools.chain.from_iterable(rows))))
+    for run in DIGITS.findall(text):
+        groups = re.split(r"[\s-]", run)  # other digits (expiry, code) may stand around a card's
+        rows = (itertools.accumulate(groups[at : at + 6]) for at in range(len(groups)))
+        if any(map(luhn, filter(CARD.fullmatch, itertools.chain.from_iterable(rows)))):
+            return True
+    return False
 
 
 def luhn(digits: str) -> bool:
@@ -1033,13 +1036,14 @@ class MailClient(aiosmtplib.SMTP):
 def load_vapid(settings: Settings) -> EcKey:
     """The key that signs pushes: the setting's (PEM, or 32 bytes in base64url) or the one kept at home."""
     given, path = settings.vapid_private_key, Path(settings.home) / "vapid.pem"
-    if given and "-----BEGIN" not in given:
-        return ec.derive_private_key(int.from_bytes(base64url_decode(given.strip())), ec.SECP256R1())
     if not given:
-        form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        form = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
         with contextlib.suppress(FileExistsError):
             create_private(path, ec.generate_private_key(ec.SECP256R1()).private_bytes(*form).decode())
-    key = serialization.load_pem_private_key(given.encode() or path.read_bytes(), None)
+        given = path.read_text()
+    if "-----BEGIN" not in given:
+        return ec.derive_private_key(int.from_bytes(base64url_decode(given.strip())), ec.SECP256R1())
+    key = serialization.load_pem_private_key(given.encode(), None)
     if not isinstance(key, EcKey) or key.curve.name != "secp256r1":
         raise ValueError("the VAPID key is not a P-256 private key")
     return key
@@ -1047,8 +1051,7 @@ def load_vapid(settings: Settings) -> EcKey:
 
 def point(key: EcKey) -> bytes:
     """The public half, as browsers and push services know it."""
-    form = serialization.PublicFormat.UncompressedPoint
-    return key.public_key().public_bytes(serialization.Encoding.X962, form)
+    return key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
 
 
 @functools.lru_cache(1_000)  # push origins are whatever users say: never an endless table of them
@@ -1164,9 +1167,7 @@ class Outbound:
             mail[name] = value.format(**told)
         kind = "messages/" + ("single" if message.total == 1 else "digest")
         mail.set_content(TEMPLATES.get_template(f"{kind}.txt").render(told))
-        mail.make_alternative(
-            derive(self.settings.secret, mail["Message-ID"]).hex()
-        )  # nobody guesses the seam
+        mail.make_alternative(derive(self.settings.secret, str(message.id)).hex())  # nobody guesses the seam
         mail.add_alternative(TEMPLATES.get_template(f"{kind}.html").render(told), subtype="html")
         raw = mail.as_bytes()
         if message_from_bytes(raw).keys() != mail.keys():
