@@ -927,40 +927,38 @@ class Shared:
 # Three ways out; each ends in a verdict, tells nobody outside a body, and reaches no address inside.
 
 EcKey = ec.EllipticCurvePrivateKey
-Way = Callable[["Outbound", Outgoing], Awaitable[Outcome]]
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+HINT, TOKEN, DIGITS, CARD = (
+    re.compile(shape, re.VERBOSE) for shape in (HERE / "templates/secrets.txt").read_text().split("\n\n")
+)
+HEADERS = msgspec.json.decode((HERE / "templates/messages/headers.json").read_bytes())  # of each channel
+TEMPLATES = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.loader, TEMPLATES.filters["json"] = jinja2.FileSystemLoader(HERE / "templates"), encode
+TEMPLATES.autoescape = jinja2.select_autoescape()  # .html, not .txt and .json
 MAIL_FAULTS = (aiosmtplib.SMTPException, OSError)
 MAIL_ADDRESS = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}")
 MAIL_IDLE = 30  # seconds; servers hang up after a minute or more: be gone before they are
 MAIL_POLICY = SMTP_POLICY.clone(max_line_length=998, cte_type="7bit")  # folding breaks List-Unsubscribe
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 UNICAST6 = ipaddress.ip_network("2000::/3")  # all of IPv6 that is handed out; Python calls more of it global
-HTTP_HEADERS = {"User-Agent": "Bellhop", "Accept-Encoding": "identity"}  # no bombs
-PUSH_HEADERS = {"Content-Encoding": "aes128gcm", "Content-Type": "application/octet-stream", "TTL": "86400"}
 URGENCY = {"critical": "high", "warning": "normal", "success": "low", "info": "low"}
+STATUSES = {"push": {404: "gone", 410: "gone", 413: "dead"}, "webhook": {410: "gone"}}
 VAPID_SECONDS = 21_600  # a token is used for one such period and good for two; more than 24 h is refused
-
-SECRET = re.compile((HERE / "templates/secrets.txt").read_text(), re.VERBOSE | re.ASCII)
-SECRET_HINT = re.compile(r"[!-~]{16}")  # every shape in there has such a run: most titles end here
-# Digit groups that do not go on from a word, an IBAN, a phone number, a path, a fraction or a UUID.
-DIGIT_RUN = re.compile(r"\d(?<![\w+/.]\d)(?<!\d[\s-]\d)(?<![\da-fA-F]{4}-\d)(?:[\s-]?\d){12,}(?!\w)")
-CARD = re.compile(r"4\d{12}(\d{3}){0,2}|(5[1-5]|2[2-7]|35)\d{14}|3[47]\d{13}|3[0689]\d{12}|6[0245]\d{14,17}")
 
 
 def looks_secret(text: str) -> bool:
     """Whether the text holds a key, a token or a card number and must therefore stay inside."""
-    token = SECRET_HINT.search(text) and SECRET.search(text)
-    return bool(token or "-----BEGIN " in text or any(map(_holds_card, DIGIT_RUN.findall(text))))
+    if "-----BEGIN " in text or (HINT.search(text) and TOKEN.search(text)):
+        return True
+    for run in DIGITS.findall(text):
+        groups = re.split(r"[\s-]", run)  # other digits (expiry, code) may stand around a card's
+        rows = (itertools.accumulate(groups[at : at + 6]) for at in range(len(groups)))
+        if any(map(luhn, filter(CARD.fullmatch, itertools.chain.from_iterable(rows)))):
+            return True
+    return False
 
 
-def _holds_card(run: str) -> bool:
-    """A card number may stand between other digits (expiry, code): try every row of up to six groups."""
-    groups = re.split(r"[\s-]", run)
-    rows = ("".join(groups[at : at + count]) for at in range(len(groups)) for count in range(1, 7))
-    return any(CARD.fullmatch(row) and _luhn(row) for row in rows)
-
-
-def _luhn(digits: str) -> bool:
+def luhn(digits: str) -> bool:
     """Whether the last digit checks the others, as on every card."""
     doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return (sum(map(int, digits[-1::-2])) + doubled) % 10 == 0
@@ -971,34 +969,18 @@ def one_line(text: str) -> str:
     return UNPRINTABLE.sub(" ", text).strip()
 
 
-def sign_unsubscribe(secret: str, user_id: str, event_name: str | None) -> str:
-    """The token of an unsubscribe link; it never expires, because old mails are read too."""
-    return jwt.encode({"sub": user_id, "event": event_name}, derive(secret, "unsubscribe"), "HS256")
-
-
 def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
-    """Whom and which event the token names; None when it was not signed here."""
+    """Whom and which event a mail's token names; None when it was not signed here. Old mails are read too."""
     with contextlib.suppress(jwt.InvalidTokenError):
         claims = jwt.decode(token, derive(secret, "unsubscribe"), ["HS256"])
         return claims["sub"], claims["event"]
     return None
 
 
-class MailClient(aiosmtplib.SMTP):
-    """One that hangs up at once: over TLS the loop would wait half a minute for the server's good-bye."""
-
-    def close(self) -> None:
-        """Close, whoever asks for it: us, a failed login, a timeout."""
-        transport: Any = self.transport
-        if transport:
-            transport.abort()
-        super().close()
-
-
 def smtp_arguments(url: str) -> dict[str, Any]:
     """What `aiosmtplib.SMTP` wants to know of smtp[s]://user:pass@host:port?starttls=required|off."""
-    parts = urlsplit(url)
-    secure, modes = parts.scheme == "smtps", {"": None, "starttls=required": True, "starttls=off": False}
+    parts, modes = urlsplit(url), {"": None, "starttls=required": True, "starttls=off": False}
+    secure = parts.scheme == "smtps"
     if parts.scheme not in ("smtp", "smtps") or not parts.hostname or parts.query not in modes:
         raise ValueError("expected smtp://[user:pass@]host[:port][?starttls=required|off] or smtps://…")
     user, password = (unquote(part or "") or None for part in (parts.username, parts.password))
@@ -1006,17 +988,23 @@ def smtp_arguments(url: str) -> dict[str, Any]:
     return server | {"start_tls": not secure and modes[parts.query], "username": user, "password": password}
 
 
+class MailClient(aiosmtplib.SMTP):
+    def close(self) -> None:
+        """Hang up at once: over TLS the loop would wait half a minute for the server's good-bye."""
+        if self.transport:
+            cast("asyncio.WriteTransport", self.transport).abort()
+        super().close()
+
+
 def load_vapid(settings: Settings) -> EcKey:
     """The key that signs pushes: the setting's (PEM, or 32 bytes in base64url) or the one kept at home."""
-    given, path = settings.vapid_private_key, Path(settings.home) / "vapid.pem"
-    if given and "-----BEGIN" not in given:
+    if not (given := settings.vapid_private_key):
+        form = Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(*form).decode()
+        given = create_private(Path(settings.home, "vapid.pem"), pem)
+    if "-----BEGIN" not in given:
         return ec.derive_private_key(int.from_bytes(base64url_decode(given.strip())), ec.SECP256R1())
-    if not given:
-        key = ec.generate_private_key(ec.SECP256R1())
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        with contextlib.suppress(FileExistsError):
-            create_private(path, pem.decode())
-    key = serialization.load_pem_private_key(given.encode() if given else path.read_bytes(), None)
+    key = serialization.load_pem_private_key(given.encode(), None)
     if not isinstance(key, EcKey) or key.curve.name != "secp256r1":
         raise ValueError("the VAPID key is not a P-256 private key")
     return key
@@ -1047,22 +1035,17 @@ def seal_push(text: bytes, p256dh: bytes, auth: bytes, salt: bytes = b"", key: E
     return salt + b"\0\0\x10\0\x41" + point(key) + cipher.encrypt(nonce, text + b"\x02", None)
 
 
-def innermost(address: Any) -> Any:
-    """The address inside a mapped, NAT64, 6to4 or Teredo one: the place a packet ends at."""
-    if address.version == 4:
-        return address
-    if address in NAT64:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour or (address.teredo or [None, None])[1] or address
-
-
 def guarded_socket(allow: list[Any], plain: bool, info: Any) -> socket.socket:
     """A socket for the very address about to be connected to, which no second DNS answer can change."""
-    address = innermost(ipaddress.ip_address(info[4][0]))
+    address: Any = ipaddress.ip_address(info[4][0])
+    if address.version == 6:  # a packet to a mapped, NAT64, 6to4 or Teredo address ends at the one inside
+        nat64 = ipaddress.IPv4Address(address.packed[-4:]) if address in NAT64 else None
+        teredo = address.teredo and address.teredo[1]
+        address = nat64 or address.ipv4_mapped or address.sixtofour or teredo or address
     public = address.is_global and not address.is_multicast and (address.version == 4 or address in UNICAST6)
     if not any(address in network for network in allow) and (plain or not public):
         raise PermissionError("the address is not public, or it is and http:// is not allowed there")
-    return socket.socket(info[0], info[1], info[2])
+    return socket.socket(*info[:3])
 
 
 def retry_after(value: str) -> float | None:
@@ -1072,57 +1055,25 @@ def retry_after(value: str) -> float | None:
     return None if seconds is None else min(max(seconds, 0.0), 86_400.0)
 
 
-def bounded(send: Way) -> Way:
-    """A try ends within the channel timeout, and a mistake in it costs one message one attempt."""
-
-    async def attempt(self: Outbound, message: Outgoing) -> Outcome:
-        try:
-            async with asyncio.timeout(self.seconds):
-                return await send(self, message)
-        except TimeoutError:
-            return Outcome("retry", "timed out")
-        except Exception as error:  # its words may hold an address, so only its name is logged
-            log.error("message %s: %s", message.id, type(error).__name__)
-            return Outcome("retry", type(error).__name__)
-
-    return attempt
-
-
-def seal(secret: str, text: bytes) -> bytes:
-    """Encrypt a webhook's signing key for the database."""
-    nonce = os.urandom(12)
-    return nonce + AESGCM(derive(secret, "webhook")).encrypt(nonce, text, None)
-
-
-def unseal(secret: str, sealed: str) -> bytes:
-    """A webhook's signing key as the database gives it, in base64."""
-    raw = base64.b64decode(sealed)
-    return AESGCM(derive(secret, "webhook")).decrypt(raw[:12], raw[12:], None)
-
-
-def new_webhook_secret(secret: str) -> tuple[str, bytes]:
-    """A signing secret as its owner sees it, and as the database keeps it."""
-    key = os.urandom(24)
-    return f"whsec_{base64.b64encode(key).decode()}", seal(secret, key)
+def new_webhook_secret(secret: str, key: bytes = b"") -> tuple[str, bytes]:
+    """A signing secret as its owner sees it, and encrypted for the database. Only tests give the key."""
+    key, nonce = key or os.urandom(24), os.urandom(12)
+    sealed = nonce + AESGCM(derive(secret, "webhook")).encrypt(nonce, key, None)
+    return f"whsec_{base64.b64encode(key).decode()}", sealed
 
 
 def webhook_host(settings: Settings, url: str | UnsetType) -> str | None:
     """The host of an endpoint; plain http is for addresses that are allowed by name."""
-    if url and url.lower().startswith("http:") and not settings.outbound_allow:
+    if url and url.startswith("http:") and not settings.outbound_allow:
         raise FieldError("url", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
     return urlsplit(url).netloc.lower() if url else None
 
 
 class Outbound:
-    """The three ways out, and what they keep between two messages."""
-
     def __init__(self, settings: Settings) -> None:
         self.settings, self.base, self.seconds = settings, settings.base_url, settings.channel_timeout_seconds
-        loader, strict = jinja2.FileSystemLoader(HERE / "templates/messages"), jinja2.StrictUndefined
-        escape = jinja2.select_autoescape()  # .html, not .txt
-        self.templates = jinja2.Environment(loader=loader, autoescape=escape, undefined=strict)
         self.smtp = smtp_arguments(settings.smtp_url or "smtp://no-mail-server-is-set.invalid")
-        self.sender = parseaddr(settings.mail_from or "")[1]
+        self.sender = parseaddr(settings.mail_from)[1]
         self.domain = self.sender.rpartition("@")[2]
         self.idle: dict[MailClient, asyncio.TimerHandle] = {}
         self.vapid = load_vapid(settings)
@@ -1133,11 +1084,11 @@ class Outbound:
         """One session for each scheme, because the guard of a socket does not see which one it is for."""
         self.tls = ssl.create_default_context()
         timeout, jar = aiohttp.ClientTimeout(connect=self.seconds * 0.4), aiohttp.DummyCookieJar()
-        options: dict[str, Any] = {"headers": HTTP_HEADERS, "auto_decompress": False, "cookie_jar": jar}
+        options: dict[str, Any] = {"timeout": timeout, "cookie_jar": jar, "auto_decompress": False}
         for scheme in ("http", "https"):
             guard = functools.partial(guarded_socket, self.settings.outbound_allow, scheme == "http")
             connector = aiohttp.TCPConnector(socket_factory=guard, limit=0, limit_per_host=8)
-            self.sessions[scheme] = aiohttp.ClientSession(connector=connector, timeout=timeout, **options)
+            self.sessions[scheme] = aiohttp.ClientSession(connector=connector, **options)
 
     async def close(self) -> None:
         for client in list(self.idle):
@@ -1145,38 +1096,45 @@ class Outbound:
         for session in self.sessions.values():
             await session.close()
 
-    def _texts(self, message: Outgoing) -> tuple[dict[str, str], list[str], str]:
-        """The words of the reader's language, what each line says in it, and what stands for them all."""
+    async def send(self, message: Outgoing) -> Outcome:
+        """A try ends within the channel timeout, and a mistake in it costs one message one attempt."""
+        try:
+            async with asyncio.timeout(self.seconds):
+                outcome = await getattr(self, f"send_{message.channel}")(message)
+        except TimeoutError:
+            outcome = Outcome("retry", "timed out")
+        except ValueError as error:  # in an address, a key or a header: no later try can do better
+            outcome = Outcome("dead", str(error))
+        except Exception as error:  # its words may hold an address, so only its name is logged
+            log.error("message %s: %s", message.id, type(error).__name__)
+            outcome = Outcome("retry", type(error).__name__)
+        outcome.error = one_line(outcome.error)[:200]  # else JSON or PostgreSQL may refuse all results
+        return outcome
+
+    def _told(self, message: Outgoing) -> dict[str, Any]:
+        """What may leave: the reader's words, what each line says in them, and what stands for all lines."""
         words = WORDS.get(re.split("[-_]", message.locale.lower())[0], WORDS["en"])
         texts = [one_line(line.text or "") or words["message.private"] for line in message.lines]
-        title = words["message.digest"].format(count=message.total) if message.total > 1 else texts[0]
-        return words, texts, title
+        title = words["message.digest"].format(count=message.total) if message.total > 1 else "".join(texts)
+        return vars(self) | {"message": message, "words": words, "texts": texts, "title": title}
 
     def compose(self, message: Outgoing) -> bytes:
         """The mail, read again as its reader will: ValueError when a header was added or is missing."""
-        words, texts, subject = self._texts(message)
-        kind = "single" if message.total == 1 else "digest"
-        token = sign_unsubscribe(self.settings.secret, message.user_id, message.event_name)
-        unsubscribe = f"{self.base}/unsubscribe/{token}"
-        mail = EmailMessage(policy=MAIL_POLICY)
-        mail["Subject"] = subject.replace("=?", "= ?")  # Python would decode it, newlines included
-        mail["From"] = self.settings.mail_from
-        mail["To"] = message.address["email"]
-        mail["Date"] = message.created_at
-        mail["Message-ID"] = f"<{message.id}@{self.domain}>"
-        mail["Auto-Submitted"] = "auto-generated"
-        mail["List-Unsubscribe"] = f"<{unsubscribe}>"
-        mail["List-Unsubscribe-Post"] = "List-Unsubscribe=One-Click"
-        known = {"words": words, "texts": texts, "base": self.base, "unsubscribe": unsubscribe}
-        known |= {"message": message, "subject": subject}
-        mail.set_content(self.templates.get_template(f"{kind}.txt").render(known))
-        mail.add_alternative(self.templates.get_template(f"{kind}.html").render(known), subtype="html")
+        told, mail = self._told(message), EmailMessage(policy=MAIL_POLICY)
+        claims = {"sub": message.user_id, "event": message.event_name}
+        told["token"] = jwt.encode(claims, derive(self.settings.secret, "unsubscribe"), "HS256")
+        told["subject"] = told["title"].replace("=?", "= ?")  # Python would decode it, newlines included
+        for name, value in HEADERS["email"].items():
+            mail[name] = value.format(**told)
+        kind = "messages/" + ("single" if message.total == 1 else "digest")
+        mail.set_content(TEMPLATES.get_template(f"{kind}.txt").render(told))
+        mail.make_alternative(derive(self.settings.secret, str(message.id)).hex())  # nobody guesses the seam
+        mail.add_alternative(TEMPLATES.get_template(f"{kind}.html").render(told), subtype="html")
         raw = mail.as_bytes()
         if message_from_bytes(raw).keys() != mail.keys():
             raise ValueError("a text of this message changes the headers of its mail")
         return raw
 
-    @bounded
     async def send_email(self, message: Outgoing) -> Outcome:
         """Its connection serves the next mail when all went well; without one, the fault is the server's."""
         address, client = message.address["email"], None
@@ -1192,15 +1150,11 @@ class Outbound:
             return Outcome("sent")
         except MAIL_FAULTS as error:
             code, verdict = getattr(error, "code", 0), "retry"
-            login = isinstance(error, aiosmtplib.SMTPAuthenticationError)
-            if not client and (login or not 400 <= code < 500):
+            if not client and (isinstance(error, aiosmtplib.SMTPAuthenticationError) or code // 100 != 4):
                 verdict = "fault"
-            elif 500 <= code < 600:
+            elif code // 100 == 5:
                 verdict = "bounced" if isinstance(error, aiosmtplib.SMTPRecipientRefused) else "dead"
-            words = one_line(str(getattr(error, "message", error)))
-            return Outcome(verdict, f"{code or type(error).__name__} {words}"[:200])
-        except ValueError as error:
-            return Outcome("dead", str(error)[:200])
+            return Outcome(verdict, f"{code or type(error).__name__} {getattr(error, 'message', error)}")
         finally:
             if client and client not in self.idle:
                 client.close()
@@ -1210,66 +1164,50 @@ class Outbound:
         wait = self.seconds * 0.4
         if self.idle:  # one try: a dead server would have every idle connection waited for
             client, timer = self.idle.popitem()
-            timer.cancel()
-            try:
+            with contextlib.suppress(*MAIL_FAULTS):
                 await client.rset(timeout=wait / 2)
+                timer.cancel()  # until here it hangs up, should this task be cancelled
                 return client
-            except BaseException as error:
-                client.close()
-                if not isinstance(error, MAIL_FAULTS):
-                    raise
+            client.close()
         client = MailClient(**self.smtp, timeout=wait, tls_context=self.tls, local_hostname=self.domain)
         async with asyncio.timeout(wait):
             await client.connect()
         return client
 
     def _hang_up(self, client: MailClient) -> None:
-        self.idle.pop(client).cancel()
+        self.idle.pop(client, None)
         client.close()
 
-    @bounded
     async def send_push(self, message: Outgoing) -> Outcome:
         """One item as itself; several as "N notifications", which replaces the one shown before it."""
-        severity, address, topic = message.lines[0].severity, message.address, message.id.hex
-        newest_id = message.newest_id
-        shown = {"id": newest_id, "title": self._texts(message)[2], "severity": severity}
-        shown |= {"url": f"{self.base}/n/{newest_id}", "tag": newest_id}
-        if message.total > 1:
-            shown |= {"url": f"{self.base}/", "tag": "bellhop"}
+        address, told = message.address, self._told(message)
+        text = TEMPLATES.get_template("messages/push.json").render(told).encode()
+        body = seal_push(text, base64url_decode(address["p256dh"]), base64url_decode(address["auth"]))
+        origin = str(URL(address["endpoint"]).origin())
+        subject, period = self.settings.vapid_subject or self.base, int(time.time() // VAPID_SECONDS)
+        told |= {"vapid": vapid_header(self.vapid, subject, origin, period), "topic": message.id.hex}
         if message.folded:
-            topic = derive(self.settings.secret, f"overflow of {message.user_id}").hex()[:32]
-        try:
-            keys = base64url_decode(address["p256dh"]), base64url_decode(address["auth"])
-            body = seal_push(msgspec.json.encode(shown), *keys)
-            origin = str(URL(address["endpoint"]).origin())
-        except ValueError:
-            return Outcome("dead", "the keys or the endpoint of the subscription are unusable")
-        period = int(time.time() // VAPID_SECONDS)
-        vapid = vapid_header(self.vapid, self.settings.vapid_subject or self.base, origin, period)
-        headers = {"Authorization": vapid, "Topic": topic, "Urgency": URGENCY[severity], **PUSH_HEADERS}
-        return await self._post(address["endpoint"], body, headers, {404: "gone", 410: "gone", 413: "dead"})
+            told["topic"] = derive(self.settings.secret, f"overflow of {message.user_id}").hex()[:32]
+        told["urgency"] = URGENCY[message.lines[0].severity]
+        return await self._post(address["endpoint"], body, told)
 
-    @bounded
     async def send_webhook(self, message: Outgoing) -> Outcome:
         """Standard Webhooks: one signature for each secret that is still good, over the very bytes sent."""
-        event: dict[str, Any] = {"type": "ping", "timestamp": message.created_at, "data": {}}
-        if message.event_name != "bellhop.ping":
-            line, summary = message.lines[0], self._texts(message)[1][0]
-            data = {name: getattr(line, name) for name in ("id", "event_name", "severity", "created_at")}
-            data |= {"user_id": message.user_id, "summary": summary, "url": f"{self.base}/n/{line.id}"}
-            event |= {"type": "notification.created", "data": data}
-        body, moment = msgspec.json.encode(event), str(int(time.time()))
-        signed = f"{message.id}.{moment}.".encode() + body
-        keys = [unseal(self.settings.secret, each) for each in message.address["sealed"] if each]
-        marks = (base64.b64encode(hmac.digest(key, signed, "sha256")).decode() for key in keys)
-        headers = {"webhook-signature": " ".join(f"v1,{mark}" for mark in marks), "webhook-timestamp": moment}
-        headers |= {"webhook-id": str(message.id), "Content-Type": "application/json"}
-        return await self._post(message.address["url"], body, headers, {410: "gone"})
+        told = self._told(message) | {"moment": int(time.time())}
+        body = TEMPLATES.get_template("messages/webhook.json").render(told).encode()
+        signed, marks = f"{message.id}.{told['moment']}.".encode() + body, []
+        for sealed in filter(None, message.address["sealed"]):
+            raw = base64.b64decode(sealed)
+            key = AESGCM(derive(self.settings.secret, "webhook")).decrypt(raw[:12], raw[12:], None)
+            marks.append("v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode())
+        return await self._post(message.address["url"], body, told | {"marks": " ".join(marks)})
 
-    async def _post(self, url: str, body: bytes, headers: dict[str, str], known: dict[int, str]) -> Outcome:
-        """One POST without redirects; `known` holds what a status means on this channel alone."""
+    async def _post(self, url: str, body: bytes, told: dict[str, Any]) -> Outcome:
+        """One POST without redirects."""
+        channel, words = told["message"].channel, b""
+        headers = {name: value.format(**told) for name, value in HEADERS[channel].items()}
         try:
-            target, words = URL(url), b""
+            target = URL(url)
             if target.scheme not in self.sessions or target.user or target.password:
                 return Outcome("refused", "not an http(s) address without user and password")
             post = self.sessions[target.scheme].post
@@ -1280,8 +1218,8 @@ class Outbound:
                     async with asyncio.timeout(self.seconds / 5):  # no verdict hangs on an error's words
                         words = await answer.content.read(1_000)
                 again = answer.status in (408, 425, 429) or answer.status >= 500
-                verdict = known.get(answer.status, "retry" if again else "refused")
-                error = f"{answer.status} {one_line(words.decode('utf-8', 'replace'))}"[:200]
+                verdict = STATUSES[channel].get(answer.status, "retry" if again else "refused")
+                error = f"{answer.status} {words.decode('utf-8', 'replace')}"
                 return Outcome(verdict, error, retry_after(answer.headers.get("Retry-After", "")))
         except (aiohttp.ClientError, ValueError) as error:
             cause, verdict = getattr(error, "os_error", None), "retry"
@@ -1289,7 +1227,7 @@ class Outbound:
                 verdict = "refused" if isinstance(cause, PermissionError) else "fault"
             elif isinstance(error, ValueError):
                 verdict = "refused"
-            return Outcome(verdict, str(cause or type(error).__name__)[:200])
+            return Outcome(verdict, str(cause or type(error).__name__))
 
 
 # ═══ 8 · Worker ═══════════════════════════════════════════════════════════════════════════════
@@ -1336,11 +1274,6 @@ class Worker:
 
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.db, self.intake, self.outbound = settings, db, intake, outbound
-        self.ways = {
-            "email": outbound.send_email,
-            "push": outbound.send_push,
-            "webhook": outbound.send_webhook,
-        }
         self.in_flight: dict[asyncio.Task[None], Outgoing] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done, self.stopping = asyncio.Event(), asyncio.Event(), False
@@ -1400,10 +1333,9 @@ class Worker:
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
-        outcome = await self.ways[message.channel](message)
+        outcome = await self.outbound.send(message)
         key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
         key["email"] = message.address.get("email")
-        outcome.error = one_line(outcome.error)  # what JSON or PostgreSQL refuse would hold up all results
         self.results.append(key | msgspec.structs.asdict(outcome))
         self.done.set()
 
@@ -1869,7 +1801,7 @@ async def ping_webhook(ask: Ask) -> Outcome:
     address, ping = plain(await ask.mine.one("get_webhook", **ask.path)), new_id()
     now = datetime.now(UTC)
     message = Outgoing("", ping, 0, "webhook", "", "en", 0, now, address, 1, ping, "bellhop.ping", [])
-    return await ask.bell.outbound.send_webhook(message)
+    return await ask.bell.outbound.send(message)
 
 
 class Route(NamedTuple):

@@ -533,10 +533,9 @@ def deliver(settings: Any, *messages: Outgoing, trust: bytes = b"", together: bo
         if trust:
             outbound.tls.load_verify_locations(cadata=trust.decode())
         try:
-            tries = [getattr(outbound, f"send_{message.channel}") for message in messages]
             if together:
-                return await asyncio.gather(*(send(each) for send, each in zip(tries, messages, strict=True)))
-            return [await send(each) for send, each in zip(tries, messages, strict=True)]
+                return await asyncio.gather(*map(outbound.send, messages))
+            return [await outbound.send(message) for message in messages]
         finally:
             await outbound.close()
 

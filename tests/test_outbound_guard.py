@@ -36,7 +36,8 @@ NEW = "whsec_" + "C2FVsBQIhrscChlQIMV+b5sSYspob7oDazfgkQ=="
 
 def hook(url: str, *lines: app.Line, secrets: list[str] | None = None, **changes: Any) -> app.Outgoing:
     keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets or [NEW]]
-    sealed = [base64.b64encode(app.seal(outbound_settings(Path()).secret, key)).decode() for key in keys]
+    secret = outbound_settings(Path()).secret
+    sealed = [base64.b64encode(app.new_webhook_secret(secret, key)[1]).decode() for key in keys]
     return outgoing("webhook", {"url": url, "sealed": [*sealed, None]}, *lines, **changes)
 
 
@@ -271,11 +272,11 @@ def test_a_host_that_hangs_delays_nobody_else(hookbox: Hookbox, tmp_path: Path) 
     async def work() -> None:
         outbound = app.Outbound(outbound_settings(tmp_path, channel_timeout_seconds=2))
         await outbound.open()
-        stuck = [asyncio.create_task(outbound.send_webhook(hook(f"{hookbox.url}/hook"))) for _ in range(200)]
+        stuck = [asyncio.create_task(outbound.send(hook(f"{hookbox.url}/hook"))) for _ in range(200)]
         await asyncio.to_thread(hookbox.wait, 8)
         with running(await asyncio.to_thread(Hookbox)) as other:
             started = time.monotonic()
-            assert (await outbound.send_webhook(hook(other.url))).verdict == "sent"
+            assert (await outbound.send(hook(other.url))).verdict == "sent"
             assert time.monotonic() - started < 0.5
         for task in stuck:
             task.cancel()

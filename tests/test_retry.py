@@ -260,7 +260,7 @@ def test_a_result_is_written_down_even_when_its_error_holds_what_json_cannot(
     message = app.Outgoing(
         "u", id, 1, "webhook", "webhook:x", "en", 0, app.datetime.now(app.UTC), {}, 1, id, None, []
     )
-    worker.ways = {"webhook": strange}
+    worker.outbound.send_webhook = strange
     service.call(worker.deliver(message))
     eventually(lambda: sql("SELECT 1 FROM outbox WHERE state = 'pending'"))
     assert sql("SELECT attempts, last_error LIKE '%%end' FROM outbox") == [(1, True)]
