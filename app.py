@@ -2363,7 +2363,8 @@ class Cluster:
         log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         stack.callback(os.close, log)
         self.give(self.log)
-        programs, broken = self.programs(stack), StartError(f"PostgreSQL does not start: {self.log} says why")
+        broken = StartError(f"PostgreSQL does not start, {self.log} ends with the reason")
+        programs = self.programs(stack)
         for half_made in self.home.glob("pg18-new-*"):
             shutil.rmtree(half_made, ignore_errors=True)
         if not self.data.exists():  # made under another name, so that nothing half made is taken for it
@@ -2720,13 +2721,12 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
                 greeting += "\n" + text.format(url=url, key=key, link=link)
         await db.pool.close()
         app = create_app(settings)
-        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-        protocol: dict[str, Any] = {"http": Protocol, "ws": "none", "proxy_headers": False}
-        config = uvicorn.Config(app, timeout_graceful_shutdown=8, **quiet, **protocol)
+        more: dict[str, Any] = {"http": Protocol, "ws": "none", "log_level": "warning", "access_log": False}
+        more |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 8}
         gc.collect()
         gc.freeze()  # what is here now stays: later collections need not look at it again
         greet = functools.partial(print, greeting, flush=True)
-        await Server(config, app.state.service, greet).serve(sockets=[listener])
+        await Server(uvicorn.Config(app, **more), app.state.service, greet).serve(sockets=[listener])
 
 
 def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
@@ -2743,13 +2743,10 @@ async def send(settings: Settings, fields: dict[str, Any]) -> str:
     if fields["body"] == "-":
         fields["body"] = sys.stdin.read()
     given = {name: value for name, value in fields.items() if value is not None}
-    headers = {"Authorization": f"Bearer {settings.api_key}"}
-    url, patience = (settings.url or settings.base_url).rstrip("/"), aiohttp.ClientTimeout(10)
+    ask: dict[str, Any] = {"json": given, "headers": {"Authorization": f"Bearer {settings.api_key}"}}
+    url = (settings.url or settings.base_url).rstrip("/") + "/api/notifications"
     try:
-        ask = aiohttp.request(
-            "POST", f"{url}/api/notifications", json=given, headers=headers, timeout=patience
-        )
-        async with ask as reply:
+        async with aiohttp.request("POST", url, timeout=aiohttp.ClientTimeout(10), **ask) as reply:
             told = await reply.json(content_type=None) if "json" in reply.content_type else {}
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise CommandError(f"{url} does not answer: {error}") from None
@@ -2786,8 +2783,9 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
                 line = "{id}  {name}  {scope}  created {created_at}  last used {last_used_at}"
                 keys = msgspec.json.decode((await db.one("list_api_keys"))["keys"])
                 return "\n".join(line.format(**key) for key in keys)
-            case _ if await db.maybe("delete_api_key", **args) is None:
-                raise CommandError("there is no such key")
+            case "revoke":
+                if await db.maybe("delete_api_key", **args) is None:
+                    raise CommandError("there is no such key")
     return ""
 
 
@@ -2798,18 +2796,13 @@ def main() -> None:
     if command == "serve":  # uvicorn hands it on, so that the database stops as well
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        settings = load_settings(os.environ)
-        with (
-            contextlib.suppress(KeyboardInterrupt),
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop,
-        ):
-            if told := loop.run(run(command, settings, args)):
+        with contextlib.suppress(KeyboardInterrupt):
+            if told := uvloop.run(run(command, load_settings(os.environ), args)):
                 print(told)
     except (StartError, CommandError) as error:
-        checked = command == "check"
-        for line in error.args if checked else error.args[:1]:
-            print("bellhop:", line.partition("\n")[0], file=sys.stderr)
-        sys.exit(2 if isinstance(error, StartError) and not checked else 1)
+        for fault in error.args:
+            print("bellhop:", fault.partition("\n")[0], file=sys.stderr)
+        sys.exit(2 if isinstance(error, StartError) and command != "check" else 1)
 
 
 if __name__ == "__main__":
