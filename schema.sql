@@ -21,6 +21,9 @@
 
 SELECT pg_advisory_xact_lock(hashtext('bellhop schema'));
 DO $$ BEGIN
+    IF current_setting('server_version_num')::int < 140000 THEN
+        RAISE EXCEPTION 'PostgreSQL 14 or later is needed, not %', current_setting('server_version');
+    END IF;
     IF to_regclass('schema_version') IS NOT NULL THEN
         IF (SELECT max(version) FROM schema_version) > 1 THEN
             RAISE EXCEPTION 'the database belongs to a newer release of Bellhop';

@@ -119,7 +119,7 @@ class Running:
             self.app, log_level="warning", access_log=False, proxy_headers=False, ws="none"
         )
         self.ready = threading.Event()
-        self.server = QuickServer(config, self.service, lambda url: self.ready.set())
+        self.server = QuickServer(config, self.service, self.ready.set)
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
         while not self.ready.wait(0.02):
