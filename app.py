@@ -934,6 +934,7 @@ HINT, TOKEN, DIGITS, CARD = (
 )
 HEADERS = msgspec.json.decode((HERE / "templates/messages/headers.json").read_bytes())  # of each channel
 TEMPLATES = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.auto_reload, TEMPLATES.policies["json.dumps_kwargs"] = False, {"ensure_ascii": False}
 TEMPLATES.loader, TEMPLATES.filters["json"] = jinja2.FileSystemLoader(HERE / "templates"), encode
 TEMPLATES.autoescape = jinja2.select_autoescape()  # .html, not .txt and .json
 MAIL_FAULTS = (aiosmtplib.SMTPException, OSError)
@@ -963,6 +964,12 @@ def luhn(digits: str) -> bool:
     """Whether the last digit checks the others, as on every card."""
     doubled = sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])
     return (sum(map(int, digits[-1::-2])) + doubled) % 10 == 0
+
+
+def language(wanted: str) -> str:
+    """The first language we speak of a locale or an Accept-Language header; English otherwise."""
+    codes = [re.split(r"[-_;]", part.strip().lower())[0] for part in wanted.split(",")]
+    return next((code for code in codes if code in WORDS), "en")
 
 
 def one_line(text: str) -> str:
@@ -1114,7 +1121,7 @@ class Outbound:
 
     def _told(self, message: Outgoing) -> dict[str, Any]:
         """What may leave: the reader's words, what each line says in them, and what stands for all lines."""
-        words = WORDS.get(re.split("[-_]", message.locale.lower())[0], WORDS["en"])
+        words = WORDS[language(message.locale)]
         texts = [one_line(line.text or "") or words["message.private"] for line in message.lines]
         title = words["message.digest"].format(count=message.total) if message.total > 1 else "".join(texts)
         return vars(self) | {"message": message, "words": words, "texts": texts, "title": title}
@@ -1853,10 +1860,6 @@ class Pages:
         self.base_url, folder = base_url, HERE / "templates"
         self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in ASSETS}
         self.version = hashlib.blake2b(b"".join(self.files.values()), digest_size=6).hexdigest()
-        tidy: dict[str, Any] = {"auto_reload": False, "trim_blocks": True, "lstrip_blocks": True}
-        strict: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
-        self.templates = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **strict, **tidy)
-        self.templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
     def show(self, ask: Ask, name: str, answer_status: int = 200, **values: Any) -> Reply:
         """A page in the reader's language."""
@@ -1871,14 +1874,8 @@ class Pages:
             "base_url": self.base_url,
             "path": ask.here,
         }
-        text = self.templates.get_template(name).render(values | told)
+        text = TEMPLATES.get_template(name).render(values | told)
         return Reply(text.encode(), answer_status, PAGE_HEADERS, "text/html; charset=utf-8")
-
-
-def language(wanted: str) -> str:
-    """The first language we speak of a locale or an Accept-Language header; English otherwise."""
-    codes = [re.split(r"[-_;]", part.strip().lower())[0] for part in wanted.split(",")]
-    return next((code for code in codes if code in WORDS), "en")
 
 
 def plain(value: Any) -> Any:
