@@ -1987,7 +1987,7 @@ STATEMENTS = [
     ("GET", "/api/unread-count", "user", "get_unread_count"),
     ("GET", "/api/preferences", "user", "get_preferences", 200, None, "preferences"),
     ("PATCH", "/api/preferences", "user", "update_preferences", 200, PreferencesPatch, "preferences"),
-    ("GET", "/api/outbox", "user", "list_outbox"),
+    ("GET", "/api/outbox", "user", "list_outbox", 200, None, "outbox"),
     ("POST", "/api/outbox/{id:uuid}/send", "user", "update_outbox_message"),
     ("POST", "/api/outbox/{id:uuid}/skip", "user", "delete_outbox_message"),
     ("POST", "/api/push/subscriptions", "user", "create_push_subscription", 201, PushSubscription),
@@ -2037,7 +2037,6 @@ class Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self.templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
 
     def show(self, request: Ask, name: str, answer_status: int = 200, **values: Any) -> Response[Any]:
         """A page in the reader's language."""
@@ -2052,6 +2051,7 @@ class Pages:
             "asset": lambda file: f"/assets/{self.version}/{file}",
             "base_url": self.base_url,
             "path": local_path(request),
+            "script_words": functools.partial(script_words, lang),
         }
         text = self.templates.get_template(name).render(values | told)
         return Response(text, status_code=answer_status, media_type=MediaType.HTML, headers=PAGE_HEADERS)
@@ -2061,6 +2061,13 @@ def language(wanted: str) -> str:
     """The first language we speak of a locale or an Accept-Language header; English otherwise."""
     codes = [re.split(r"[-_;]", part.strip().lower())[0] for part in wanted.split(",")]
     return next((code for code in codes if code in WORDS), "en")
+
+
+@functools.cache
+def script_words(lang: str, *more: str) -> str:
+    """The words that a page's scripts say, as JSON that may stand in HTML."""
+    words = {key: text for key, text in WORDS[lang].items() if key.startswith(("js.", *more))}
+    return jinja2.utils.htmlsafe_json_dumps(words, ensure_ascii=False, separators=(",", ":"))
 
 
 def plain(value: Any) -> Any:
@@ -2121,7 +2128,7 @@ def page(path: str, by: str, template: str, words: str) -> HTTPRouteHandler:
 # What a template calls a whole row, by a column that tells it.
 PAGE_PARTS = {"listing": "notifications", "failed": "next_cursor", "stats": "per_minute"}
 PAGES = [
-    ("/", "user", "inbox.html", "get_preferences list_notifications list_outbox"),
+    ("/", "user", "inbox.html", "list_notifications list_outbox"),
     ("/n/{id:uuid}", "user", "notification.html", "get_preferences get_notification"),
     ("/preferences", "user", "preferences.html", "get_preferences list_event_names"),
     (
