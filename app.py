@@ -1614,6 +1614,7 @@ class InboxStream:
         self.stale = asyncio.Event()
         self.stale.set()
         self.task: asyncio.Task[None] | None = None
+        self.abort: Callable[[], Any] = lambda: None
 
     def close(self) -> None:
         """End this stream from outside."""
@@ -1622,6 +1623,7 @@ class InboxStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; then the connection ends."""
+        self.abort = scope.get("extensions", {}).get("abort", self.abort)
         self.task = asyncio.create_task(self.feed(send))
         leaving = asyncio.create_task(self.wait_for_leave(receive))
         self.hub.open(self)
@@ -1652,8 +1654,12 @@ class InboxStream:
 
     async def write(self, send: Send, frame: bytes) -> None:
         """Send one frame; a client that does not take it in time is dropped."""
-        async with asyncio.timeout(STREAM_SEND_SECONDS):
-            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        try:
+            async with asyncio.timeout(STREAM_SEND_SECONDS):
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        except TimeoutError:
+            self.abort()  # closing would wait for the client to take the rest, for as long as it lives
+            raise
 
     async def next_frame(self) -> bytes:
         """The next event, or a comment when nothing happened for a while."""
@@ -2681,6 +2687,10 @@ class Corked:
 class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(cast("Any", Corked(transport)))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {"abort": self.transport.abort}
 
 
 class Server(uvicorn.Server):

@@ -115,9 +115,8 @@ class Running:
         self.database = settings.database_url
         self.app = app.create_app(self.settings)
         self.service = self.app.state.service
-        config = uvicorn.Config(
-            self.app, log_level="warning", access_log=False, proxy_headers=False, ws="none"
-        )
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "proxy_headers": False}
+        config = uvicorn.Config(self.app, http=app.Protocol, ws="none", **quiet)
         self.ready = threading.Event()
         self.server = QuickServer(config, self.service, lambda url: self.ready.set())
         self.thread = threading.Thread(target=self.run, daemon=True)
