@@ -96,11 +96,20 @@ class QuickServer(app.Server):
         self.service.hub.close()
         for server in self.servers:
             server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+        while self.server_state.connections:  # also those that were accepted but not yet known above
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+            await asyncio.sleep(0.01)
         await self._wait_tasks_to_complete()
         await self.lifespan.shutdown()
+        await self.end_connections()
+
+    async def end_connections(self) -> None:
+        """End what a browser that was closed or killed left behind: a loop that ends does not close it."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # an aborted transport closes its socket in the loop's next turn
 
 
 class Running:

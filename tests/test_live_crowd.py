@@ -82,7 +82,8 @@ def test_a_thousand_clients_that_reset_at_once_leave_nothing_behind(
 def read_until(client: socket.socket, wanted: bytes) -> None:
     seen = b""
     while wanted not in seen:
-        assert (received := client.recv(65_536)), "the service hung up"
+        received = client.recv(65_536)
+        assert received, "the service hung up"
         seen += received
 
 

@@ -33,7 +33,8 @@ class Visitor:
         return took
 
     def receive(self) -> bytes:
-        assert (received := self.socket.recv(262_144)), "the service hung up"
+        received = self.socket.recv(262_144)
+        assert received, "the service hung up"
         return received
 
 
