@@ -934,7 +934,7 @@ HINT, TOKEN, DIGITS, CARD = (
 )
 HEADERS = msgspec.json.decode((HERE / "templates/messages/headers.json").read_bytes())  # of each channel
 TEMPLATES = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-TEMPLATES.auto_reload, TEMPLATES.policies["json.dumps_kwargs"] = False, {"ensure_ascii": False}
+TEMPLATES.auto_reload = False
 TEMPLATES.loader, TEMPLATES.filters["json"] = jinja2.FileSystemLoader(HERE / "templates"), encode
 TEMPLATES.autoescape = jinja2.select_autoescape()  # .html, not .txt and .json
 MAIL_FAULTS = (aiosmtplib.SMTPException, OSError)
@@ -1501,6 +1501,7 @@ class InboxStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; then the connection ends."""
+        self.abort: Callable[[], Any] = scope.get("extensions", {}).get("abort", lambda: None)
         self.tasks = [asyncio.create_task(self.feed(send)), asyncio.create_task(self.wait_for_leave(receive))]
         self.hub.open(self)
         try:
@@ -1524,8 +1525,12 @@ class InboxStream:
         """Send the start, then an event for each change and a comment in silence."""
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
         while frame := await self.next_frame():
-            async with asyncio.timeout(STREAM_SEND_SECONDS):
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
+            try:
+                async with asyncio.timeout(STREAM_SEND_SECONDS):
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+            except TimeoutError:
+                self.abort()  # closing would wait for the client to take the rest, for as long as it lives
+                break
 
     async def next_frame(self) -> bytes:
         """The next event, or a comment when nothing happened for a while."""
@@ -1873,9 +1878,17 @@ class Pages:
             "asset": lambda file: f"/assets/{self.version}/{file}",
             "base_url": self.base_url,
             "path": ask.here,
+            "script_words": functools.partial(script_words, lang),
         }
         text = TEMPLATES.get_template(name).render(values | told)
         return Reply(text.encode(), answer_status, PAGE_HEADERS, "text/html; charset=utf-8")
+
+
+@functools.cache
+def script_words(lang: str, *more: str) -> str:
+    """The words that a page's scripts say, as JSON that may stand in HTML."""
+    words = {key: text for key, text in WORDS[lang].items() if key.startswith(("js.", *more))}
+    return jinja2.utils.htmlsafe_json_dumps(words, ensure_ascii=False, separators=(",", ":"))
 
 
 def plain(value: Any) -> Any:
@@ -1907,7 +1920,7 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
         db = ask.mine.bind(**ALL_OF_THEM, status="failed", items=items)
         row: dict[str, Any] = {"push_key": ask.bell.outbound.public_key}
         own = {"get_notification": ask.path}
-        rows = (db.one(name, **own.get(name, {})) for name in ("get_preferences", *names))
+        rows = (db.one(name, **own.get(name, {})) for name in names)
         for told in await asyncio.gather(*rows):
             row |= plain(told.get("answer", told))
         shown = {part: row for part, column in PAGE_PARTS.items() if column in row}
@@ -2295,6 +2308,7 @@ async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
 
 INBOX, ONE, WEBHOOK = "/api/notifications", "/api/notifications/{id:uuid}", "/api/webhooks/{id:uuid}"
 USER, CHOICES = "/api/users/{user_id:str}", "/api/users/{user_id:str}/preferences"
+ADMIN_ROWS = ("get_stats", "list_deliveries", "list_api_keys", "list_webhooks")
 ROUTES = [
     Route("GET", INBOX, "user", list_notifications, InboxWanted),
     Route("POST", INBOX, "sender", create_notification, NotificationCreate, 201),
@@ -2307,7 +2321,7 @@ ROUTES = [
     Route("GET", "/api/stream", "user", stream_inbox),
     Route("GET", "/api/preferences", "user", sql("get_preferences", "preferences")),
     Route("PATCH", "/api/preferences", "user", sql("update_preferences", "preferences"), PreferencesPatch),
-    Route("GET", "/api/outbox", "user", sql("list_outbox")),
+    Route("GET", "/api/outbox", "user", sql("list_outbox", "outbox")),
     Route("POST", "/api/outbox/{id:uuid}/send", "user", sql("update_outbox_message")),
     Route("POST", "/api/outbox/{id:uuid}/skip", "user", sql("delete_outbox_message")),
     Route("GET", "/api/push/key", "user", get_push_key),
@@ -2347,9 +2361,9 @@ ROUTES = [
     Route("GET", "/sw.js", "", get_asset),
     Route("GET", "/openapi.json", "", get_asset),
     page("/", "user", "inbox", "list_notifications", "list_outbox"),
-    page("/n/{id:uuid}", "user", "notification", "get_notification"),
-    page("/preferences", "user", "preferences", "list_event_names"),
-    page("/admin", "admin", "admin", "get_stats", "list_deliveries", "list_api_keys", "list_webhooks"),
+    page("/n/{id:uuid}", "user", "notification", "get_preferences", "get_notification"),
+    page("/preferences", "user", "preferences", "get_preferences", "list_event_names"),
+    page("/admin", "admin", "admin", "get_preferences", *ADMIN_ROWS),
 ]
 
 
@@ -2472,6 +2486,10 @@ class Corked:
 class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(cast("Any", Corked(transport)))
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = cast("Any", {"abort": self.transport.abort})
 
 
 class Server(uvicorn.Server):

@@ -69,6 +69,7 @@ function put(element, text) {
 
 function showTimes() {
 	for (const time of $$("time")) {
+		time.dateTime ||= time.textContent.replace(" ", "T"); // as the server drew it
 		const moment = new Date(time.dateTime);
 		time.title = exact.format(moment);
 		put(time, time.className ? clock(moment) : age(moment));
@@ -131,12 +132,11 @@ function dress(li) {
 function fill(li, n) {
 	const [sign, heading, body, small] = li.children;
 	const url = safe(n.target_url);
-	const text = [...n.body];
 	li.className = n.severity + (n.read_at ? "" : " new") + (li.matches(".fresh") ? " fresh" : "");
 	put(sign, word("js.severity." + n.severity));
 	put(heading.firstChild, n.title);
 	heading.firstChild.href = url || "/n/" + n.id;
-	put(body, text.length > 200 ? text.slice(0, 199).join("") + "…" : n.body);
+	put(body, n.body);
 	$("time", small).dateTime = n.created_at;
 	put(small.lastChild, n.event_name + (/^h/i.test(url) ? " · " + url.split("/")[2] : ""));
 	dress(li);
@@ -307,7 +307,7 @@ function onKey(event) {
 const tabs = new BroadcastChannel("bellhop:" + user);
 let heard = 0; // the stream's last sign of life, here or in the tab that holds it
 let stream, waiting, leading, wake;
-const browser = () => import(document.body.dataset.browser); // alerts and signing out: fetched only when wanted
+const browser = () => import("./browser.js"); // alerts and signing out: fetched only when wanted
 
 function hear({ on, news }) {
 	heard = on ? Date.now() : 0;

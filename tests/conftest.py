@@ -96,11 +96,20 @@ class QuickServer(app.Server):
         self.service.hub.close()
         for server in self.servers:
             server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+        while self.server_state.connections:  # also those that were accepted but not yet known above
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+            await asyncio.sleep(0.01)
         await self._wait_tasks_to_complete()
         await self.lifespan.shutdown()
+        await self.end_connections()
+
+    async def end_connections(self) -> None:
+        """End what a browser that was closed or killed left behind: a loop that ends does not close it."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # an aborted transport closes its socket in the loop's next turn
 
 
 class Running:
@@ -115,9 +124,8 @@ class Running:
         self.database = settings.database_url
         self.app = app.create_app(self.settings)
         self.service = self.app.state.service
-        config = uvicorn.Config(
-            self.app, log_level="warning", access_log=False, proxy_headers=False, ws="none"
-        )
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "proxy_headers": False}
+        config = uvicorn.Config(self.app, http=app.Protocol, ws="none", **quiet)
         self.ready = threading.Event()
         self.server = QuickServer(config, self.service, self.ready.set)
         self.thread = threading.Thread(target=self.run, daemon=True)

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import Running, eventually
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Response, expect, sync_playwright
 
 import app
 
@@ -354,25 +354,36 @@ def test_every_word_a_template_asks_for_exists_and_none_is_idle() -> None:
     assert not [key for key in stored - asked if key.startswith(mine) and not key.startswith(put_together)]
 
 
-def test_the_whole_inbox_page_weighs_at_most_40_kilobytes(device: Devices, post: Post) -> None:
+NEWS = {  # what people write: outside English a letter takes up to three bytes
+    "de": ("Mina hat Seite {n} kommentiert", "Kannst du bitte noch einmal die Zahlen für Korea prüfen?"),
+    "en": ("Mina commented on page {n}", "Could you please check the numbers for Korea once more?"),
+    "fr": ("Mina a commenté la page {n}", "Peux-tu vérifier encore une fois les chiffres de la Corée ?"),
+    "hi": ("मीना ने पृष्ठ {n} पर टिप्पणी की", "क्या आप कोरिया के आँकड़े एक बार फिर देख सकते हैं?"),
+    "id": ("Mina mengomentari halaman {n}", "Bisakah kamu memeriksa sekali lagi angka untuk Korea?"),
+    "ko": ("미나 님이 {n}쪽에 댓글을 남겼습니다", "한국 수치를 한 번 더 확인해 주시겠어요?"),
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_whole_inbox_page_weighs_at_most_40_kilobytes(
+    device: Devices, post: Post, api: httpx.Client, language: str
+) -> None:
+    api.put("/api/users/alice", json={"locale": language})
+    title, body = NEWS[language]
     for number in range(30):
-        post(
-            title=f"Mina commented on page {number}",
-            body="Could you check the numbers for Korea?",
-            target_url="/docs/1",
-        )
+        post(title=title.format(n=number), body=body, target_url=f"/docs/{number}")
     sizes: dict[str, int] = {}
     reader = device()
     page = reader.context.new_page()
-    kinds = ("document", "stylesheet", "script")
-    page.on(
-        "response",
-        lambda reply: sizes.update(
-            {reply.url: len(reply.body())} if reply.request.resource_type in kinds else {}
-        ),
-    )
+
+    def weigh(reply: Response) -> None:
+        if reply.request.resource_type in ("document", "stylesheet", "script"):
+            sizes[reply.url] = len(reply.body())
+
+    page.on("response", weigh)
     page.goto(reader.url)
-    expect(page.locator("#live")).to_have_text("Live")
+    expect(page.locator("#live:not(:empty):not(.lost)")).to_be_visible()
+    assert page.locator("html").get_attribute("lang") == language
     assert len(sizes) == 3
     assert sum(sizes.values()) <= 40 * 1024, sizes
 
@@ -497,6 +508,32 @@ def test_a_cut_connection_is_told_discreetly_and_nothing_is_missed(
     expect(page.locator("#list h2").first).to_have_text("And on", timeout=WITHIN_A_SECOND)
 
 
+def test_a_restarted_service_is_found_again_and_nothing_is_missed(
+    device: Devices, post: Post, service: Running, serve: Callable[..., Running], wire: Wire,
+    make_key: Callable[[str], str],
+) -> None:  # fmt: skip
+    reader = device(url=wire.url)
+    reader.excused = "net::ERR"
+    page = reader.open_live()
+    post(title="Before")
+    expect(lines(page)).to_have_count(1)
+    service.stop()
+    wire.cut()
+    expect(page.locator("#live")).to_have_text(re.compile("Connection lost"))
+    second = serve()
+    wire.target = ("127.0.0.1", urlsplit(second.url).port)
+    body = {"user_id": "alice", "event_name": "a", "title": "After", "body": "b"}
+    with httpx.Client(
+        base_url=second.url, headers={"Authorization": f"Bearer {make_key('send')}"}
+    ) as program:
+        assert program.post("/api/notifications", json=body).status_code == 201
+    wire.mend()
+    expect(page.locator("#live")).to_have_text("Live", timeout=15_000)
+    expect(lines(page)).to_have_count(2)
+    assert titles(page) == ["After", "Before"]
+    shows_count(page, 2)
+
+
 def test_without_a_stream_the_page_asks_every_30_seconds(device: Devices, post: Post) -> None:
     reader = device()
     reader.excused = "net::ERR"
@@ -612,6 +649,18 @@ def test_the_outbox_strip_sends_or_skips_what_is_about_to_leave(
     strip.get_by_role("button", name="Skip").click()
     expect(strip).to_have_count(0)
     assert alice.get("/api/outbox").json()["outbox"] == []
+
+
+def test_send_now_in_the_outbox_strip_lets_a_message_leave(
+    device: Devices, post: Post, api: httpx.Client, alice: httpx.Client, sql: Sql
+) -> None:
+    api.put("/api/users/alice", json={"email": "alice@example.com"})
+    alice.patch("/api/preferences", json={"email_enabled": True, "digest_minutes": 30})
+    post(severity="warning", batch_key="comments")
+    page = device().open_live()
+    page.locator("#outbox li").get_by_role("button", name="Send now").click()
+    # Nobody listens where the mails go: that it was tried at once is proof enough.
+    assert eventually(lambda: sql("SELECT attempts > 0 OR state = 'sending' FROM outbox")[0][0])
 
 
 def test_time_is_an_age_with_the_exact_moment_on_hover(device: Devices, post: Post) -> None:
@@ -842,6 +891,8 @@ def test_every_preference_is_saved_at_once(device: Devices, post: Post, alice: h
     def now() -> dict[str, Any]:
         return alice.get("/api/preferences").json()["preferences"]
 
+    page.locator("input[name=in_app_enabled]").uncheck()
+    assert eventually(lambda: not now()["in_app_enabled"])
     page.get_by_role("switch", name="E-mail", exact=False).first.check()
     assert eventually(lambda: now()["email_enabled"])
     page.get_by_label("Send from").select_option("critical")
@@ -892,6 +943,22 @@ def test_alerts_are_asked_for_only_by_a_click_and_come_once_while_hidden(device:
     lines(other).first.hover()
     other.get_by_role("button", name="Mark read: Out of view").click()
     assert eventually(lambda: pages[0].evaluate(shown) == [] or pages[0].wait_for_timeout(50)), sent
+
+
+def test_no_page_asks_for_permission_by_itself(device: Devices, post: Post) -> None:
+    reader = device(admin=True)
+    reader.context.add_init_script(
+        """if (location.protocol === "http:") {
+            localStorage.asked ??= 0;
+            Notification.requestPermission = async () => { localStorage.asked++; return "denied"; };
+        }"""
+    )
+    for path in ("/", f"/n/{post()['id']}", "/preferences", "/admin"):
+        page = reader.open_live(path)
+        assert page.evaluate("localStorage.asked") == "0", path
+    page = reader.open_live()
+    page.get_by_role("button", name="Browser alerts").click()
+    assert eventually(lambda: page.evaluate("localStorage.asked") == "1" or page.wait_for_timeout(50))
 
 
 def push(page: Page, reader: Device, message: dict[str, Any]) -> None:
@@ -1020,6 +1087,29 @@ def test_an_admin_sees_why_a_delivery_failed_and_retries_it(
     expect(page.locator("#toast")).to_have_text("Back in the queue")
     expect(page.locator("#failed li")).to_have_count(0)
     assert api.get("/api/deliveries?status=failed").json()["deliveries"] == []
+
+
+def test_the_admin_page_draws_the_queue_and_names_the_paused_provider(
+    device: Devices, post: Post, api: httpx.Client, sql: Sql
+) -> None:
+    fail_a_delivery(post, api, sql)
+    sql(BUSY_HOUR)
+    sql("INSERT INTO breakers (provider, faults, paused_until) VALUES ('mail', 10, now() + interval '1 minute')"
+        " ON CONFLICT (provider) DO UPDATE SET faults = 10, paused_until = excluded.paused_until")  # fmt: skip
+    page = device(admin=True).open_live("/admin")
+    assert page.locator("#queue svg[role=img] rect.sent").count() >= 50, "a bar for each minute of the hour"
+    assert page.locator("#age polyline").get_attribute("points")
+    for drawing in page.locator("#queue svg").all():
+        assert drawing.get_attribute("aria-label")
+    expect(page.locator("#providers li.failed")).to_contain_text("mail")
+
+
+def test_an_admin_tests_a_webhook_and_is_told_how_it_went(device: Devices, api: httpx.Client) -> None:
+    api.post("/api/webhooks", json={"url": "https://127.0.0.1:9/in"})
+    page = device(admin=True).open_live("/admin")
+    with page.expect_response(re.compile("/api/webhooks/.*/test")):
+        page.locator("#hooks li").get_by_role("button", name="Test", exact=False).first.click()
+    expect(page.locator("#toast")).not_to_be_empty()
 
 
 def test_only_admins_get_the_admin_page(device: Devices) -> None:
