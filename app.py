@@ -1501,7 +1501,8 @@ class InboxStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; then the connection ends."""
-        self.abort: Callable[[], Any] = scope.get("extensions", {}).get("abort", lambda: None)
+        known: Any = scope.get("extensions") or {}
+        self.abort = known.get("abort", lambda: None)
         self.tasks = [asyncio.create_task(self.feed(send)), asyncio.create_task(self.wait_for_leave(receive))]
         self.hub.open(self)
         try:
