@@ -1345,34 +1345,29 @@ QUARANTINE_SECONDS = 10.0  # a suspect waits this long for a natural pause befor
 PRUNE_SECONDS, PRUNE_ROWS = 3600.0, 1000
 
 
-class Metrics:
+REGISTRY = prometheus_client.CollectorRegistry()
+counter = functools.partial(prometheus_client.Counter, registry=REGISTRY)
+gauge = functools.partial(prometheus_client.Gauge, registry=REGISTRY)
+histogram = functools.partial(prometheus_client.Histogram, registry=REGISTRY)
+
+
+class METRICS:
     """What GET /metrics counts; the gauges are asked of the service when they are read."""
 
-    def __init__(self) -> None:
-        self.registry = prometheus_client.CollectorRegistry()
-        counter = functools.partial(prometheus_client.Counter, registry=self.registry)
-        self.requests = counter("bellhop_requests", "Requests by route and status", ["route", "status"])
-        self.deliveries = counter(
-            "bellhop_messages",
-            "Attempts by channel, state after it and verdict",
-            ["channel", "state", "verdict"],
-        )
-        self.leases_lost = counter("bellhop_leases_lost", "Results that came after the lease had ended")
-        buckets = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-        self.batch = prometheus_client.Histogram(
-            "bellhop_create_batch",
-            "Notifications per create statement",
-            buckets=buckets,
-            registry=self.registry,
-        )
-        gauge = functools.partial(prometheus_client.Gauge, registry=self.registry)
-        self.oldest = gauge("bellhop_oldest_due_seconds", "Age of the oldest message that is due")
-        self.statuses = gauge("bellhop_deliveries", "Deliveries by outcome", ["channel", "status", "reason"])
-        self.breakers = gauge("bellhop_breaker_open", "1 while a provider is paused", ["provider"])
-        self.pool = gauge("bellhop_pool", "Database connections and waiting requests", ["what"])
+    registry = REGISTRY
+    requests = counter("bellhop_requests", "Requests by route and status", ["route", "status"])
+    attempt = ["channel", "state", "verdict"]
+    deliveries = counter("bellhop_messages", "Attempts by channel, state after it and verdict", attempt)
+    leases_lost = counter("bellhop_leases_lost", "Results that came after the lease had ended")
+    sizes = [2**power for power in range(11)]
+    batch = histogram("bellhop_create_batch", "Notifications per create statement", buckets=sizes)
+    oldest = gauge("bellhop_oldest_due_seconds", "Age of the oldest message that is due")
+    statuses = gauge("bellhop_deliveries", "Deliveries by outcome", ["channel", "status", "reason"])
+    breakers = gauge("bellhop_breaker_open", "1 while a provider is paused", ["provider"])
+    pool = gauge("bellhop_pool", "Database connections and waiting requests", ["what"])
 
 
-METRICS = Metrics()
+decode_outgoing = msgspec.json.Decoder(Outgoing).decode
 
 
 class Worker:
@@ -1397,7 +1392,9 @@ class Worker:
             self.wake.clear()
             async with self.claiming:
                 found = await self.claim()
-            if not found:
+            await asyncio.sleep(0)  # what has nothing to wait for ends here
+            # One statement takes all it may: with messages under way the next look is due when one ends.
+            if not found or self.in_flight:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.settings.poll_seconds):  # wait_for may swallow a cancel
                         await self.wake.wait()
@@ -1419,7 +1416,8 @@ class Worker:
         elif self.suspect and now - self.idle_at > QUARANTINE_SECONDS:
             await asyncio.wait(self.in_flight)
             return 1
-        return await self.start(room=self.settings.delivery_concurrency - len(self.in_flight), alone=False)
+        unfinished = len(self.in_flight) + len(self.results)
+        return await self.start(room=self.settings.delivery_concurrency - unfinished, alone=False)
 
     async def start(self, room: int, alone: bool) -> int:
         """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
@@ -1429,7 +1427,7 @@ class Worker:
         busy = collections.Counter(message.provider for message in self.in_flight.values())
         messages = await self.db.many(
             "claim_messages",
-            functools.partial(msgspec.json.decode, type=Outgoing),
+            decode_outgoing,
             room=room,
             alone=alone,
             share=share,
@@ -1437,40 +1435,48 @@ class Worker:
             mail=bool(self.settings.smtp_url),
         )
         for message in messages:
-            task = asyncio.create_task(self.deliver(message))
-            self.in_flight[task] = message
-            task.add_done_callback(self.in_flight.pop)
+            self.in_flight[asyncio.create_task(self.deliver(message))] = message
         return len(messages)
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
-        outcome = await self.ways[message.channel](message)
-        key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
-        key["email"] = message.address.get("email")
-        outcome.error = one_line(outcome.error)  # what JSON or PostgreSQL refuse would hold up all results
-        self.results.append(key | msgspec.structs.asdict(outcome))
+        try:
+            outcome = await self.ways[message.channel](message)
+        finally:
+            self.in_flight.pop(cast("Any", asyncio.current_task()), None)
+        self.results.append(
+            {
+                "user_id": message.user_id,
+                "id": message.id,
+                "claim_seq": message.claim_seq,
+                "email": message.address.get("email"),
+                "verdict": outcome.verdict,
+                "error": one_line(outcome.error),  # what JSON or PostgreSQL refuse would hold up all results
+                "retry_after": outcome.retry_after,
+            }
+        )
         self.done.set()
 
     async def finish_loop(self) -> None:
-        """Write results down, many in one statement; what cannot be written now is kept."""
+        """Write results down, many in one statement."""
         while True:
-            await self.done.wait()
-            self.done.clear()
+            if not self.results:
+                self.done.clear()
+                await self.done.wait()
             await self.finish()
             self.wake.set()
 
     async def finish(self) -> None:
-        """Write down the results so far."""
+        """Write down the results so far; what cannot be written now is kept."""
         async with self.finishing:
-            results, self.results = self.results, []
-            try:
-                rows = await self.db.many("finish_messages", results=encode(results)) if results else []
-            except Exception:
-                self.results, _ = results + self.results, self.done.set()
-                raise
+            results = self.results.copy()
+            if not results:
+                return
+            rows = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
+            del self.results[: len(results)]
         METRICS.leases_lost.inc(len(results) - len(rows))
-        for row in rows:
-            METRICS.deliveries.labels(row["channel"], row["state"], row["verdict"]).inc()
+        for attempt, times in collections.Counter(rows).items():
+            METRICS.deliveries.labels(*attempt).inc(times)
 
     async def intake_loop(self) -> None:
         """Store what other programs and callers left for now, in the statement that takes it out."""
