@@ -115,12 +115,12 @@ looked AS MATERIALIZED (
     ) c
 ),
 -- Of a paused provider's messages one is sent; what needs no sending is settled all the same.
-decided AS MATERIALIZED (
-    SELECT v.* FROM (
-        SELECT looked.*, row_number() OVER (PARTITION BY provider, verdict ORDER BY available_at) AS turn
-        FROM looked
-    ) v
-    WHERE NOT (v.probes AND v.verdict = 'sending' AND v.turn > 1)
+decided AS NOT MATERIALIZED (
+    SELECT v.* FROM looked v
+    WHERE NOT v.probes OR v.verdict <> 'sending' OR v.place IN (
+        SELECT DISTINCT ON (probe.provider) probe.place
+        FROM looked probe WHERE probe.probes AND probe.verdict = 'sending'
+        ORDER BY probe.provider, probe.available_at)
 ),
 -- The next probe waits half a minute.
 probed AS (
@@ -149,7 +149,7 @@ claimed AS (
         'locale', coalesce(d.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at,
         'address', d.address, 'total', d.total, 'newest_id', d.newest_id,
         'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
-        'lines', d.lines, 'folded', d.digest IS NOT NULL) AS message
+        'lines', d.lines, 'folded', d.digest IS NOT NULL)::text AS message
 ),
 -- What became needless or unwanted since it was created.
 suppressed AS (
