@@ -1393,7 +1393,7 @@ class Worker:
             async with self.claiming:
                 found = await self.claim()
             await asyncio.sleep(0)  # what has nothing to wait for ends here
-            # One statement takes all it may: with messages under way the next look is due when one ends.
+            # One statement takes all it may: while messages are under way, the next is due when one ends.
             if not found or self.in_flight:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.settings.poll_seconds):  # wait_for may swallow a cancel
@@ -1411,13 +1411,17 @@ class Worker:
         if not self.in_flight:
             self.idle_at = now
             if self.suspect and (started := await self.start(room=1, alone=True)):
-                await asyncio.wait(self.in_flight)
+                await self.all_ended()
                 return started
         elif self.suspect and now - self.idle_at > QUARANTINE_SECONDS:
-            await asyncio.wait(self.in_flight)
+            await self.all_ended()
             return 1
         unfinished = len(self.in_flight) + len(self.results)
         return await self.start(room=self.settings.delivery_concurrency - unfinished, alone=False)
+
+    async def all_ended(self) -> None:
+        if self.in_flight:
+            await asyncio.wait(self.in_flight)
 
     async def start(self, room: int, alone: bool) -> int:
         """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
@@ -1425,18 +1429,12 @@ class Worker:
             return 0
         share = -(-self.settings.delivery_concurrency // 4)  # so that slow providers leave room for others
         busy = collections.Counter(message.provider for message in self.in_flight.values())
-        messages = await self.db.many(
-            "claim_messages",
-            decode_outgoing,
-            room=room,
-            alone=alone,
-            share=share,
-            busy=encode(busy),
-            mail=bool(self.settings.smtp_url),
-        )
-        for message in messages:
+        mail = bool(self.settings.smtp_url)
+        given = {"room": room, "alone": alone, "share": share, "busy": encode(busy), "mail": mail}
+        claimed = await self.db.many("claim_messages", lambda message: message, **given)
+        for message in map(decode_outgoing, filter(None, claimed)):
             self.in_flight[asyncio.create_task(self.deliver(message))] = message
-        return len(messages)
+        return len(claimed)
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
@@ -1517,8 +1515,7 @@ class Worker:
         self.stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_SECONDS), self.claiming:
-                if self.in_flight:
-                    await asyncio.wait(self.in_flight)
+                await self.all_ended()
         left = [{"user_id": m.user_id, "id": m.id, "claim_seq": m.claim_seq} for m in self.in_flight.values()]
         for task in self.in_flight:
             task.cancel()

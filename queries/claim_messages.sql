@@ -1,6 +1,6 @@
--- Claims due messages for the length of a lease, each provider up to its share, and looks at every
--- item again: what was read or switched off since is suppressed, a message without items is void.
--- Returns what is to be sent now, with at most ten lines each. claim_seq is the fence.
+-- Claims due messages for the length of a lease, each provider up to its share, and looks at every item again:
+-- what was read or switched off since is suppressed, a message without items is void. Returns what is to be sent,
+-- with at most ten lines each, and NULL for each message that needs no sending. claim_seq is the fence.
 WITH RECURSIVE provider AS (
     -- The providers with waiting messages, one index probe each.
     SELECT min(provider) AS name FROM outbox WHERE state IN ('open', 'sending', 'pending')
@@ -144,12 +144,12 @@ claimed AS (
         finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
     FROM decided d
     WHERE o.ctid = ANY (ARRAY(SELECT found.place FROM decided found)) AND o.user_id = d.user_id AND o.id = d.id
-    RETURNING d.verdict, json_build_object(
+    RETURNING CASE WHEN d.verdict = 'sending' THEN json_build_object(
         'user_id', o.user_id, 'id', o.id, 'claim_seq', o.claim_seq, 'channel', d.channel, 'provider', d.provider,
         'locale', coalesce(d.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at,
         'address', d.address, 'total', d.total, 'newest_id', d.newest_id,
         'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
-        'lines', d.lines, 'folded', d.digest IS NOT NULL)::text AS message
+        'lines', d.lines, 'folded', d.digest IS NOT NULL)::text END AS message
 ),
 -- What became needless or unwanted since it was created.
 suppressed AS (
@@ -167,4 +167,4 @@ given_up AS (
     WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
       AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
-SELECT message FROM claimed WHERE verdict = 'sending'
+SELECT message FROM claimed
