@@ -2522,6 +2522,8 @@ async def prepare(settings: Settings) -> None:
 async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
     """Times are answered in UTC, whatever the server's zone; no transaction is left open for long."""
     settings = "SET timezone TO 'UTC'; SET application_name TO 'bellhop'"
+    # A claim takes 3 ms to plan and 1 ms to run, and its cost on paper would have it compiled each time.
+    settings += "; SET plan_cache_mode TO force_generic_plan; SET jit TO off"
     await connection.execute(f"{settings}; SET idle_in_transaction_session_timeout TO '60s'", prepare=False)
 
 
