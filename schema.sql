@@ -159,6 +159,8 @@ CREATE INDEX IF NOT EXISTS outbox_due
 CREATE INDEX IF NOT EXISTS outbox_digests
     ON outbox (available_at) WHERE state = 'open' AND digest IS NOT NULL AND token_minute IS NULL;
     -- serves: update_due_digests
+CREATE INDEX IF NOT EXISTS outbox_faults ON outbox (provider) WHERE faults > 0 AND state = 'pending';
+    -- serves: finish_messages (what a pause gives back)
 CREATE INDEX IF NOT EXISTS outbox_suspects ON outbox (available_at) WHERE crashes >= 2;
     -- serves: get_suspect
 CREATE INDEX IF NOT EXISTS outbox_finished
@@ -187,7 +189,7 @@ CREATE TABLE IF NOT EXISTS deliveries (
     CONSTRAINT deliveries_pkey PRIMARY KEY (user_id, notification_id, channel, target),
     CONSTRAINT deliveries_notification FOREIGN KEY (user_id, notification_id)
         REFERENCES notifications (user_id, id) ON DELETE CASCADE
-);
+) WITH (fillfactor = 50);
 COMMENT ON TABLE deliveries IS 'every channel and target considered for a notification';
 CREATE INDEX IF NOT EXISTS deliveries_message ON deliveries (user_id, message_id)
     WHERE message_id IS NOT NULL;       -- serves: claim_messages, finish_messages, list_outbox

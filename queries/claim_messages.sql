@@ -1,6 +1,6 @@
--- Claims due messages for the length of a lease, each provider up to its share, and looks at every
--- item again: what was read or switched off since is suppressed, a message without items is void.
--- Returns what is to be sent now, with at most ten lines each. claim_seq is the fence.
+-- Claims due messages for the length of a lease, each provider up to its share, and looks at every item again:
+-- what was read or switched off since is suppressed, a message without items is void. Returns what is to be sent,
+-- with at most ten lines each, and NULL for each message that needs no sending. claim_seq is the fence.
 WITH RECURSIVE provider AS (
     -- The providers with waiting messages, one index probe each.
     SELECT min(provider) AS name FROM outbox WHERE state IN ('open', 'sending', 'pending')
@@ -25,11 +25,11 @@ room AS (
 -- The oldest due ones, locked; an expired lease is due again and counts as a crash.
 due AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.attempts, d.created_at,
-           d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, room.probes
+           d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, room.probes
     FROM room
     CROSS JOIN LATERAL (
         SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.attempts, o.created_at,
-               o.provider, o.available_at, o.crashes, o.xmin AS version
+               o.provider, o.available_at, o.crashes, o.xmin AS version, o.ctid AS place
         FROM outbox o
         WHERE o.provider = room.name AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
           AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
@@ -45,17 +45,26 @@ due AS MATERIALIZED (
     LIMIT %(room)s::int
 ),
 -- Each message with its address (none: its target is gone) and with what it still has to say: the most
--- severe first, then the newest. One pass a message, by its keys: no two lists are ever joined.
+-- severe first, then the newest. OFFSET 0 keeps the planner from joining whole tables where one row is
+-- found by its key, and from repeating an expression wherever its result is used.
 looked AS MATERIALIZED (
-    SELECT d.*, p.locale, a.address, a.until, c.total, c.event_name, c.newest_id, c.lines, c.dropped, c.reasons,
+    SELECT d.*, p.locale, a.address, p.until, c.total, c.event_name, c.newest_id, c.lines, c.dropped, c.reasons,
            CASE WHEN c.total = 0 THEN 'void'
                 WHEN d.crashes >= 10 OR a.address IS NULL THEN 'failed'
-                WHEN a.until IS NOT NULL THEN 'held'
+                WHEN p.until IS NOT NULL THEN 'held'
                 ELSE 'sending' END AS verdict,
            CASE WHEN d.crashes >= 10 THEN 'it ended its worker ten times'
                 WHEN a.address IS NULL THEN 'its endpoint or subscription is gone' END AS error
     FROM due d
-    LEFT JOIN notification_preferences p ON p.user_id = d.user_id
+    LEFT JOIN LATERAL (
+        SELECT w.locale, w.email, w.events,
+               CASE WHEN w.quiet_from <> w.quiet_to AND d.channel <> 'webhook' AND NOT d.critical THEN
+                   (SELECT q.until FROM quiet_users q WHERE q.user_id = d.user_id) END AS until,
+               CASE d.channel WHEN 'email' THEN w.email_enabled AND %(mail)s::boolean
+                              WHEN 'push' THEN w.push_enabled END AS enabled
+        FROM notification_preferences w WHERE w.user_id = d.user_id
+        OFFSET 0
+    ) p ON true
     CROSS JOIN LATERAL (
         SELECT CASE d.channel
                     WHEN 'email' THEN jsonb_build_object('email', p.email)
@@ -66,13 +75,11 @@ looked AS MATERIALIZED (
                                      CASE WHEN w.old_secret_until > now() THEN encode(w.old_secret, 'base64') END))
                           FROM webhook_endpoints w WHERE w.id = d.target AND w.disabled_at IS NULL)
                END AS address,
-               CASE WHEN p.quiet_from <> p.quiet_to AND d.channel <> 'webhook' AND NOT d.critical THEN
-                   (SELECT q.until FROM quiet_users q WHERE q.user_id = d.user_id) END AS until,
-               coalesce(CASE d.channel WHEN 'email' THEN p.email_enabled AND %(mail)s::boolean
-                                       WHEN 'push' THEN p.push_enabled END, d.channel = 'webhook') AS enabled,
+               coalesce(p.enabled, d.channel = 'webhook') AS enabled,
                (SELECT max(s.reason) FROM suppressions s
                 WHERE s.user_id = d.user_id AND s.channel = d.channel
                   AND (s.reason = 'unsubscribed' OR s.hits >= 2 AND s.address = p.email)) AS suppressed
+        OFFSET 0
     ) a
     CROSS JOIN LATERAL (
         SELECT count(*) FILTER (WHERE i.reason IS NULL) AS total,
@@ -84,7 +91,8 @@ looked AS MATERIALIZED (
                 FILTER (WHERE i.reason IS NULL))[1:10] AS lines,
                array_agg(i.id) FILTER (WHERE i.reason IS NOT NULL) AS dropped,
                array_agg(i.reason) FILTER (WHERE i.reason IS NOT NULL) AS reasons
-        FROM (
+        FROM deliveries v
+        CROSS JOIN LATERAL (
             SELECT n.id, n.event_name, n.severity, n.created_at,
                    CASE WHEN NOT n.private THEN left(coalesce(n.summary, n.title), 200) END AS text,
                    CASE WHEN n.read_at IS NOT NULL OR n.archived_at IS NOT NULL THEN 'already_read'
@@ -100,19 +108,19 @@ looked AS MATERIALIZED (
                         ), true) THEN 'preference_off'
                         WHEN d.channel = 'email' AND (p.email IS NULL OR a.suppressed = 'bounced') THEN 'no_address'
                    END AS reason
-            FROM deliveries v
-            JOIN notifications n ON n.user_id = v.user_id AND n.id = v.notification_id
-            WHERE v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
+            FROM notifications n WHERE n.user_id = v.user_id AND n.id = v.notification_id
+            OFFSET 0
         ) i
+        WHERE v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
     ) c
 ),
 -- Of a paused provider's messages one is sent; what needs no sending is settled all the same.
-decided AS MATERIALIZED (
-    SELECT v.* FROM (
-        SELECT looked.*, row_number() OVER (PARTITION BY provider, verdict ORDER BY available_at) AS place
-        FROM looked
-    ) v
-    WHERE NOT (v.probes AND v.verdict = 'sending' AND v.place > 1)
+decided AS NOT MATERIALIZED (
+    SELECT v.* FROM looked v
+    WHERE NOT v.probes OR v.verdict <> 'sending' OR v.place IN (
+        SELECT DISTINCT ON (probe.provider) probe.place
+        FROM looked probe WHERE probe.probes AND probe.verdict = 'sending'
+        ORDER BY probe.provider, probe.available_at)
 ),
 -- The next probe waits half a minute.
 probed AS (
@@ -135,20 +143,21 @@ claimed AS (
         last_error = coalesce(d.error, o.last_error),
         finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
     FROM decided d
-    WHERE o.user_id = d.user_id AND o.id = d.id
-    RETURNING d.verdict, json_build_object(
+    WHERE o.ctid = ANY (ARRAY(SELECT found.place FROM decided found)) AND o.user_id = d.user_id AND o.id = d.id
+    RETURNING CASE WHEN d.verdict = 'sending' THEN json_build_object(
         'user_id', o.user_id, 'id', o.id, 'claim_seq', o.claim_seq, 'channel', d.channel, 'provider', d.provider,
         'locale', coalesce(d.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at,
         'address', d.address, 'total', d.total, 'newest_id', d.newest_id,
         'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
-        'lines', d.lines, 'folded', d.digest IS NOT NULL) AS message
+        'lines', d.lines, 'folded', d.digest IS NOT NULL)::text END AS message
 ),
 -- What became needless or unwanted since it was created.
 suppressed AS (
     UPDATE deliveries v
     SET status = 'suppressed', reason = x.reason
     FROM decided d CROSS JOIN LATERAL unnest(d.dropped, d.reasons) AS x (id, reason)
-    WHERE v.user_id = d.user_id AND v.notification_id = x.id AND v.channel = d.channel AND v.target = d.target
+    WHERE d.dropped IS NOT NULL
+      AND v.user_id = d.user_id AND v.notification_id = x.id AND v.channel = d.channel AND v.target = d.target
 ),
 -- What nobody can be told any more.
 given_up AS (
@@ -158,4 +167,4 @@ given_up AS (
     WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
       AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
-SELECT message FROM claimed WHERE verdict = 'sending'
+SELECT message FROM claimed

@@ -5,16 +5,17 @@ WITH result AS MATERIALIZED (
     FROM jsonb_to_recordset(%(results)s::jsonb) AS r (
         user_id text, id uuid, claim_seq int, email text, verdict text, error text, retry_after float8)
 ),
--- The results that still may be written: the claim is the newest. Found by key, one by one.
+-- The results that still may be written: the claim is the newest. Found by key, one by one, which OFFSET 0
+-- makes sure of.
 mine AS MATERIALIZED (
-    SELECT o.user_id, o.id, o.channel, o.target, o.provider, o.attempts, o.faults,
+    SELECT o.user_id, o.id, o.claim_seq, o.place, o.provider, o.attempts, o.faults,
            r.email, r.verdict, r.error, r.retry_after
-    FROM (SELECT s.user_id, s.id, s.claim_seq, s.email, s.verdict, s.error, s.retry_after FROM result s ORDER BY user_id, id) r
+    FROM result r
     CROSS JOIN LATERAL (
-        SELECT m.user_id, m.id, m.channel, m.target, m.provider, m.attempts, m.faults
+        SELECT m.user_id, m.id, m.claim_seq, m.ctid AS place, m.provider, m.attempts, m.faults
         FROM outbox m
         WHERE m.user_id = r.user_id AND m.id = r.id AND m.claim_seq = r.claim_seq AND m.state = 'sending'
-        FOR UPDATE
+        OFFSET 0
     ) o
 ),
 -- Ten faults of a provider in a row pause it; anything else it does ends the row.
@@ -36,7 +37,7 @@ broken AS MATERIALIZED (
 ),
 -- While a provider is paused a fault costs its message nothing.
 judged AS MATERIALIZED (
-    SELECT m.user_id, m.id, m.channel, m.target, m.email, m.verdict, m.error, m.retry_after,
+    SELECT m.user_id, m.id, m.claim_seq, m.place, m.email, m.verdict, m.error, m.retry_after,
            coalesce(b.paused, false) AS paused,
            m.attempts + (m.verdict <> 'sent')::int AS attempts,
            CASE WHEN m.verdict = 'fault' THEN m.faults + 1 ELSE 0 END AS faults,
@@ -54,7 +55,7 @@ spared AS (
     UPDATE outbox o
     SET attempts = greatest(0, o.attempts - o.faults), faults = 0, available_at = now()
     FROM broken b
-    WHERE b.paused AND o.provider = b.provider AND o.state = 'pending' AND o.faults > 0
+    WHERE b.paused AND o.provider = b.provider AND o.faults > 0 AND o.state = 'pending'
 ),
 -- The delay doubles with each failure, spread over its upper half so that many do not return at once.
 finished AS MATERIALIZED (
@@ -70,7 +71,8 @@ finished AS MATERIALIZED (
             ELSE least(%(retry_max)s::float8, %(retry_base)s::float8 * 2.0 ^ least(j.attempts, 60))
                  * (0.5 + random() / 2) * interval '1 second' END
     FROM judged j
-    WHERE o.user_id = j.user_id AND o.id = j.id
+    WHERE o.ctid = ANY (ARRAY(SELECT m.place FROM mine m)) AND o.user_id = j.user_id AND o.id = j.id
+      AND o.claim_seq = j.claim_seq AND o.state = 'sending'
     RETURNING o.user_id, o.id, o.channel, o.target, o.state, j.email, j.verdict, j.error
 ),
 -- Each item of the message ends like the message.
@@ -135,4 +137,4 @@ noticed AS (
         SELECT coalesce(%(notices)s::jsonb -> left(p.locale, 2), %(notices)s::jsonb -> 'en') AS text
     ) words
 )
-SELECT user_id, id, channel, state, verdict FROM finished
+SELECT channel, state, verdict FROM finished

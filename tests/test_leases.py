@@ -147,14 +147,14 @@ def test_a_message_that_ended_its_worker_three_times_runs_alone(
     service: Running, post: Post, api: httpx.Client, hookbox: Hookbox, sql: Sql, drain: Callable[[], None]
 ) -> None:
     api.post("/api/webhooks", json={"url": hookbox.url})
-    worker, together = service.service.worker, []
-    send = worker.ways["webhook"]
+    worker, outbound, together = service.service.worker, service.service.outbound, []
+    send = outbound.send_webhook
 
     async def watch(message: app.Outgoing) -> app.Outcome:
         together.append((str(message.lines[0].id), len(worker.in_flight)))
         return await send(message)
 
-    worker.ways["webhook"] = worker.ways["email"] = watch
+    outbound.send_webhook = outbound.send_email = watch
     with service.paused():
         ids = [post(severity="warning", user_id="bob")["id"] for _ in range(12)]
         suspect = ids[5]
@@ -171,13 +171,13 @@ def test_a_suspect_gets_its_turn_under_unceasing_load(
     service: Running, post: Post, mailbox: Mailbox, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "QUARANTINE_SECONDS", 0.3)
-    worker, load = service.service.worker, True
+    outbound, load = service.service.outbound, True
 
     async def slow(message: app.Outgoing) -> app.Outcome:
         await app.asyncio.sleep(0.2)
         return app.Outcome("sent")
 
-    worker.ways["email"] = slow
+    outbound.send_email = slow
     with service.paused():
         suspect = post(severity="warning")["id"]
         sql("UPDATE outbox SET state = 'sending', crashes = 5, available_at = now()")

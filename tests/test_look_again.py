@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
-from conftest import Running
+from conftest import Running, eventually
 from peers import Hookbox, Mailbox, Pushbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -179,3 +180,22 @@ def test_an_erased_user_gets_nothing(
     drain()
     assert not mailbox.messages and everywhere() == {"push": 0, "webhook": 0}
     assert sql("SELECT 1 FROM outbox UNION ALL SELECT 1 FROM deliveries") == []
+
+
+def test_what_needs_no_sending_holds_up_nobody(
+    service: Running, reach: Any, post: Post, alice: httpx.Client, mailbox: Mailbox, sql: Sql
+) -> None:
+    """Forty that were read meanwhile take ten claims, and the next look by the clock is far away."""
+    reach("alice", email="alice@example.org", email_enabled=True)
+    worker = service.service.worker
+    with service.paused():
+        for _ in range(40):
+            post(severity="warning")
+        assert alice.patch("/api/notifications", json={"all": True}).json()["updated"] == 40
+        post(severity="warning", title="still new")
+        worker.settings = msgspec.structs.replace(worker.settings, poll_seconds=60)
+    assert mailbox.wait(1)[0].subject == "still new"
+    assert eventually(lambda: sql("SELECT state, count(*) FROM outbox GROUP BY 1 ORDER BY 1")[-1]) == (
+        "void",
+        40,
+    )
