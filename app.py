@@ -1623,7 +1623,7 @@ class InboxStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; then the connection ends."""
-        self.abort = scope.get("extensions", {}).get("abort", self.abort)
+        self.abort = cast("Any", scope).get("extensions", {}).get("abort", self.abort)
         self.task = asyncio.create_task(self.feed(send))
         leaving = asyncio.create_task(self.wait_for_leave(receive))
         self.hub.open(self)
@@ -2102,19 +2102,12 @@ def session_cookie(settings: Settings, value: str, seconds: int) -> Cookie:
 
 def page(path: str, by: str, template: str, words: str) -> HTTPRouteHandler:
     """A page that is a template and the statements it shows, by the names of their columns."""
-
     names = words.split()
 
     async def show(request: Ask) -> Response[Any]:
         asked = {name: request.query_params.get(name) == "1" for name in ("unread", "archived")}
-        rest = {
-            "event": None,
-            "cursor": None,
-            "limit": 30,
-            "status": "failed",
-            "channel": None,
-            "about": None,
-        }
+        rest: dict[str, Any] = dict.fromkeys(("event", "cursor", "channel", "about"))
+        rest |= {"limit": 30, "status": "failed"}
         items = encode([asked | rest | {"user_id": request.user.user_id}])
         db = request.mine.bind(**rest, items=items)
         row: dict[str, Any] = {"push_key": request.bell.outbound.public_key}
@@ -2690,7 +2683,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {"abort": self.transport.abort}
+        cast("Any", self.scope)["extensions"] = {"abort": self.transport.abort}
 
 
 class Server(uvicorn.Server):
