@@ -97,10 +97,13 @@ class QuickServer(app.Server):
         for server in self.servers:
             server.close()
         await asyncio.sleep(0)
-        while self.server_state.connections:  # also those that were accepted but not yet known above
+        for _ in range(500):  # again and again: some were accepted but not yet known
             for connection in list(self.server_state.connections):
                 connection.shutdown()
             await asyncio.sleep(0.01)
+            if not self.server_state.connections:
+                break
+        await self.end_connections()
         await self._wait_tasks_to_complete()
         await self.lifespan.shutdown()
         await self.end_connections()
