@@ -286,7 +286,7 @@ class NotificationCreate(Body, kw_only=True):
     body: Annotated[str, Meta(max_length=8000)]
     target_url: TargetUrl | None = None
     severity: Severity = "info"
-    data: Raw = msgspec.field(default_factory=lambda: Raw(b"{}"))
+    data: Raw = Raw(b"{}")
     resource_id: Key | None = None
     idempotency_key: Key | None = None
     batch_key: Key | None = None
@@ -298,7 +298,8 @@ class NotificationCreate(Body, kw_only=True):
     deliver_at: Annotated[datetime, Meta(tz=True)] | None = None
 
     def __post_init__(self) -> None:
-        if not bytes(self.data).startswith(b"{") or len(bytes(self.data)) > 16 * 1024:
+        data = bytes(self.data)
+        if not data.startswith(b"{") or len(data) > 16 * 1024:
             raise FieldError("data", "Expected `object` of at most 16 KB")
 
 
@@ -911,8 +912,10 @@ class Shared:
                 if not done.done():
                     done.set_exception(error)
             return
-        # Soon, not now: first the next statement is sent, and PostgreSQL works while we answer.
-        asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
+        if self.waiting:  # first their statement is sent, and PostgreSQL works while we answer
+            asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
+        else:
+            self.hand_out(requests, rows)
 
     def hand_out(self, requests: list[Waiting], rows: list[Any]) -> None:
         """Give each request the rows of its items."""
