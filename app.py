@@ -580,8 +580,11 @@ class Db:
             raise TypeError(f"{name} takes {sorted(query.parameters)}, given {sorted(given)}")
         values = [given[key] for key in query.parameters]
         async with asyncio.timeout(self.patience):
-            # In a task of its own: a cancelled query of a hung server would hold the caller too.
-            rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
+            try:
+                # In a task of its own: a cancelled query of a hung server would hold the caller too.
+                rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
+            except psycopg.errors.DeadlockDetected:  # nothing was done, and the other one is past by now
+                rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
         if query.changes_inbox and rows:
             self.changed(given["user_id"])
         return rows
@@ -1061,9 +1064,11 @@ def guarded_socket(allow: list[Any], plain: bool, info: Any) -> socket.socket:
 
 def retry_after(value: str) -> float | None:
     """Seconds from a Retry-After header, a number or a date; at most a day."""
-    moment = parsedate_tz(value)
-    seconds = float(value) if value.isdecimal() else moment and mktime_tz(moment) - time.time()
-    return None if seconds is None else min(max(seconds, 0.0), 86_400.0)
+    with contextlib.suppress(ValueError, OverflowError):  # a year that no clock reaches
+        moment = parsedate_tz(value)
+        seconds = float(value) if value.isdecimal() else moment and mktime_tz(moment) - time.time()
+        return None if seconds is None else min(max(seconds, 0.0), 86_400.0)
+    return None
 
 
 def new_webhook_secret(secret: str, key: bytes = b"") -> tuple[str, bytes]:
@@ -1915,6 +1920,8 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
     """The route that shows a template with the rows of statements, by the names of their columns."""
 
     async def show(ask: Ask) -> Reply:
+        if not ask.user.user_id:  # an admin's API key reads no pages
+            raise Problem("forbidden", ADMITTED["user"][1])
         asked = {name: ask.query.get(name) == "1" for name in ("unread", "archived")}
         items = encode([ALL_OF_THEM | asked | {"user_id": ask.user.user_id}])
         db = ask.mine.bind(**ALL_OF_THEM, status="failed", items=items)

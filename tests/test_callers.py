@@ -320,6 +320,12 @@ def test_an_admins_session_is_held_to_its_own_pages_too(
     assert admin.post("/api/keys", json={"name": "x"}, headers={"Origin": service.url}).status_code == 201
 
 
+@pytest.mark.parametrize("path", ["/", "/preferences", "/admin", f"/n/{uuid4()}"])
+def test_an_api_key_opens_no_page(api: httpx.Client, path: str) -> None:
+    reply = api.get(path)
+    assert reply.status_code == 403 and reply.headers["Content-Type"] == "text/html; charset=utf-8"
+
+
 def test_other_origins_may_call_only_when_named_and_never_with_the_cookie(
     serve: Callable[..., Running], client: Client, sign_in: Callable[..., str], contents: Callable[[], Json]
 ) -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import httpx
-from conftest import Running
+import psycopg
+from conftest import Running, eventually
 
 Sql = Callable[..., list[tuple[Any, ...]]]
 NOTE = {"event_name": "comment.created", "title": "A comment", "body": "Inside"}
@@ -116,3 +118,26 @@ def test_batches_with_overlapping_keys_in_opposite_order_never_deadlock(
     assert sql("SELECT count(*), count(DISTINCT idempotency_key) FROM notifications") == [(1000, 1000)]
     assert sql("SELECT count(*) FROM deliveries") == [(1000,)]
     assert sql("SELECT count(*) FROM outbox WHERE digest IS NOT NULL AND state = 'open'")[0][0] <= 5 * 4
+
+
+def test_a_statement_that_lost_a_deadlock_is_run_again(
+    serve: Callable[..., Running], make_key: Callable[[str], str], database: str, sql: Sql
+) -> None:
+    service, key = serve(delivery_concurrency=0), make_key("send")
+    note = {**NOTE, "user_id": "alice", "subject_key": "invoice:42"}
+    notes = json.dumps({"notifications": [note, note]})
+    (made,) = at_once([(service.url, "/api/notifications/batch", notes)], key)
+    first, second = (result["id"] for result in made.json()["results"])
+    touch = "UPDATE notifications SET updated_at = now() WHERE id = %s"
+    replies: list[httpx.Response] = []
+    settle = (service.url, "/api/resolve", '{"subject_key": "invoice:42"}')
+    asking = threading.Thread(target=lambda: replies.extend(at_once([settle], key)))
+    with psycopg.connect(database) as stranger:  # the patient one: PostgreSQL ends our statement
+        stranger.execute("SET LOCAL deadlock_timeout TO '30s'")
+        stranger.execute(touch, [second])
+        asking.start()
+        eventually(lambda: sql("SELECT pid FROM pg_locks WHERE NOT granted"))
+        stranger.execute(touch, [first])
+    asking.join()
+    assert [reply.json() for reply in replies] == [{"resolved": 2}]
+    assert sql("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(1,)]

@@ -245,6 +245,7 @@ def test_a_long_answer_to_a_success_is_not_waited_for(hookbox: Hookbox, tmp_path
     [
         ("120", 120.0), ("0", 0.0), ("86400", 86_400.0), ("999999999999999999999", 86_400.0), ("-5", None),
         ("", None), ("soon", None), ("1.5", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Fri, 01 Jan 99999 00:00:00 GMT", None),
     ],
 )  # fmt: skip
 def test_retry_after_is_honoured_up_to_a_day(header: str, seconds: float | None) -> None:
