@@ -248,8 +248,8 @@ HttpUrl = Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+(
 WEB_URL = r"[hH][tT][tT][pP][sS]?://(?:[^\s\x00-\x20\x7f/\\?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?"
 TARGET = rf"^(?:{WEB_URL}(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)$(?!\n)"
 TargetUrl = Annotated[str, Meta(max_length=2000, pattern=TARGET)]
-ADDRESS_PART = r"[^\s\x00-\x20\x7f@<>()\[\],;:\\\"]+"
-EmailAddress = Annotated[str, Meta(max_length=254, pattern=rf"^{ADDRESS_PART}@{ADDRESS_PART}$(?!\n)")]
+MAIL_ADDRESS = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}"  # what every server takes
+EmailAddress = Annotated[str, Meta(max_length=254, pattern=rf"^{MAIL_ADDRESS}$(?!\n)")]
 Clock = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$(?!\n)")]
 Locale = Annotated[str, Meta(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*$(?!\n)", max_length=35)]
 TimeZone = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_+\-/]*$(?!\n)", max_length=64)]
@@ -261,6 +261,8 @@ WANTED = {  # what a pattern means, by the field it guards
     "quiet_from": "must be a time such as 22:00",
     "quiet_to": "must be a time such as 07:00",
     "BELLHOP_SMTP_URL": "smtp://host:587 or smtps://host:465 is expected",
+    "url": "must be https://host…",
+    "endpoint": "must be https://host/…",
     "target_url": "must be http(s)://host… or a path that starts with one /",
     "timezone": "must be a time zone such as Europe/Berlin",
     "BELLHOP_VAPID_PRIVATE_KEY": "a PEM private key or 32 bytes in base64url is expected",
@@ -286,7 +288,7 @@ class NotificationCreate(Body, kw_only=True):
     body: Annotated[str, Meta(max_length=8000)]
     target_url: TargetUrl | None = None
     severity: Severity = "info"
-    data: Raw = Raw(b"{}")
+    data: Raw = msgspec.field(default_factory=lambda: Raw(b"{}"))
     resource_id: Key | None = None
     idempotency_key: Key | None = None
     batch_key: Key | None = None
@@ -417,6 +419,9 @@ class WebhookPatch(Body):
     min_severity: Severity | UnsetType = UNSET
     user_id: UserId | None | UnsetType = UNSET
     enabled: bool | UnsetType = UNSET
+
+
+MAY_BE_EMPTY = (TokenRequest, RetryRequest)  # bodies that may be left out as a whole
 
 
 class Result(NamedTuple):
@@ -748,7 +753,8 @@ class Gatekeeper:
                 raise Problem("unauthorized")
             return await self.by_proof(proof)
         if settings.demo and (name := headers.get("x-demo-user-id")):
-            return Caller("demo", user_name(name.encode("latin-1")))
+            user = user_name(name.encode("latin-1"))
+            return Caller("demo", user, admin=user in settings.admins)
         if (name := headers.get(settings.proxy_user_header.lower())) and self.is_proxy(
             request.scope.get("client")
         ):
@@ -792,10 +798,11 @@ class Gatekeeper:
         raise Problem("unauthorized")
 
     def start_session(self, token: str) -> str:
-        """A session cookie for a sign-in link's or a user's token. A user token a program may mint
-        for anybody never makes an admin; a link or the identity provider's token can."""
+        """A session cookie for a sign-in link's or a user's token. A user token that a key of scope send
+        may mint for anybody never makes an admin; the others can."""
         kind, user, claims = self.read_token(token, "link", "user", "provider")
         trust = "admin" if kind == "link" and claims.get("admin") else kind
+        trust = "link" if kind == "user" and claims.get("by") == "admin" else trust
         return make_token(self.session_key, user, timedelta(days=SESSION_DAYS), trust=trust)
 
 
@@ -944,7 +951,6 @@ TEMPLATES.auto_reload = False
 TEMPLATES.loader, TEMPLATES.filters["json"] = jinja2.FileSystemLoader(HERE / "templates"), encode
 TEMPLATES.autoescape = jinja2.select_autoescape()  # .html, not .txt and .json
 MAIL_FAULTS = (aiosmtplib.SMTPException, OSError)
-MAIL_ADDRESS = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}")
 MAIL_IDLE = 30  # seconds; servers hang up after a minute or more: be gone before they are
 MAIL_POLICY = SMTP_POLICY.clone(max_line_length=998, cte_type="7bit")  # folding breaks List-Unsubscribe
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -1078,11 +1084,10 @@ def new_webhook_secret(secret: str, key: bytes = b"") -> tuple[str, bytes]:
     return f"whsec_{base64.b64encode(key).decode()}", sealed
 
 
-def webhook_host(settings: Settings, url: str | UnsetType) -> str | None:
-    """The host of an endpoint; plain http is for addresses that are allowed by name."""
-    if url and url.startswith("http:") and not settings.outbound_allow:
-        raise FieldError("url", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
-    return urlsplit(url).netloc.lower() if url else None
+def check_scheme(settings: Settings, field: str, url: str | UnsetType) -> None:
+    """Plain http is for addresses that are allowed by name."""
+    if url and url.lower().startswith("http:") and not settings.outbound_allow:
+        raise FieldError(field, "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
 
 
 class Outbound:
@@ -1154,7 +1159,7 @@ class Outbound:
     async def send_email(self, message: Outgoing) -> Outcome:
         """Its connection serves the next mail when all went well; without one, the fault is the server's."""
         address, client = message.address["email"], None
-        if not MAIL_ADDRESS.fullmatch(address):
+        if not re.fullmatch(MAIL_ADDRESS, address):
             return Outcome("bounced", "not an e-mail address")
         try:
             raw = self.compose(message)
@@ -1586,7 +1591,7 @@ class Ask:
         """What the path names; a user's id within its bounds."""
         named = self.scope["path_params"]
         if len(user_id := named.get("user_id", "")) > 200 or "\0" in user_id:
-            raise FieldError("user_id", "Expected at most 200 characters")
+            raise FieldError("user_id", "Expected at most 200 characters, and no NUL")
         return named
 
     @property
@@ -1613,7 +1618,7 @@ class Ask:
         body = await self.body(at_most)
         if body and not is_json(self.headers.get("content-type", "")):
             raise Problem("unsupported_media_type")
-        return decode_body(body or b"null", kind)
+        return decode_body(body or (b"{}" if kind in MAY_BE_EMPTY else b"null"), kind)
 
 
 def decode_body(body: bytes, kind: Any) -> Any:
@@ -1746,6 +1751,13 @@ async def get_push_key(ask: Ask) -> Any:
     return {"public_key": ask.bell.outbound.public_key}
 
 
+async def create_push_subscription(ask: Ask, wanted: PushSubscription) -> Reply:
+    """Register a browser for the caller: 201, or 200 when its endpoint is known already."""
+    check_scheme(ask.bell.settings, "endpoint", wanted.endpoint)
+    row = await ask.mine.one("create_push_subscription", patch=encode(wanted))
+    return Reply({"id": row["id"]}, 201 if row["added"] else 200)
+
+
 async def resolve(ask: Ask, wanted: Subject) -> Any:
     """Settle a subject for every user: read, archived, and out of every message not yet sent."""
     users = await ask.bell.db.many("update_resolved_notifications", str, subject_key=wanted.subject_key)
@@ -1754,10 +1766,11 @@ async def resolve(ask: Ask, wanted: Subject) -> Any:
     return {"resolved": len(users)}
 
 
-async def create_user_token(ask: Ask, wanted: TokenRequest | None) -> Any:
+async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
     """A user token: HS256, `sub` is the user."""
-    life = timedelta(minutes=wanted.minutes if wanted else 60)
-    token = make_token(ask.bell.settings.secret, ask.path["user_id"], life)
+    life = timedelta(minutes=wanted.minutes)
+    by = "admin" if ask.user.admin else "sender"
+    token = make_token(ask.bell.settings.secret, ask.path["user_id"], life, by=by)
     return {"token": token, "expires_at": datetime.now(UTC) + life}
 
 
@@ -1796,16 +1809,16 @@ async def retry_delivery(ask: Ask) -> Any:
 
 async def create_webhook(ask: Ask, wanted: WebhookCreate) -> Any:
     """A new endpoint; its signing secret is told this once."""
+    check_scheme(ask.bell.settings, "url", wanted.url)
     secret, sealed = new_webhook_secret(ask.bell.settings.secret)
-    host = webhook_host(ask.bell.settings, wanted.url)
-    fields = msgspec.structs.asdict(wanted) | {"host": host, "secret": sealed}
-    return await ask.mine.one("create_webhook", **fields) | {"secret": secret}
+    fields = msgspec.structs.asdict(wanted)
+    return await ask.mine.one("create_webhook", secret=sealed, **fields) | {"secret": secret}
 
 
 async def update_webhook(ask: Ask, wanted: WebhookPatch) -> Any:
     """Change an endpoint, or switch it off or on again."""
-    host = webhook_host(ask.bell.settings, wanted.url)
-    return await ask.mine.one("update_webhook", host=host, patch=encode(wanted), **ask.path)
+    check_scheme(ask.bell.settings, "url", wanted.url)
+    return await ask.mine.one("update_webhook", patch=encode(wanted), **ask.path)
 
 
 async def rotate_webhook(ask: Ask) -> Any:
@@ -1843,8 +1856,6 @@ def sql(name: str, only: str = "") -> Action:
         if "patch" in QUERIES[name].parameters:
             fields = {"patch": encode(given)}
         row = await ask.mine.one(name, **ask.path, **fields)
-        if "added" in row:
-            return Reply(row, 201 if row.pop("added") else 200)
         return {only: row[only]} if only else row
 
     run.__doc__ = QUERIES[name].about
@@ -1906,9 +1917,9 @@ def show_error(ask: Ask, error: Exception) -> Reply:
     reply = answer_error(ask, error)
     if reply.status == 401:
         return Reply(None, 303, PRIVATE | {"Location": f"/login?{urlencode({'next': ask.here})}"})
-    if not isinstance(error, Problem):
-        return reply
-    return ask.bell.pages.show(ask, "error.html", answer_status=reply.status, status=reply.status)
+    page = ask.bell.pages.show(ask, "error.html", answer_status=reply.status, status=reply.status)
+    page.headers |= {name: reply.headers[name] for name in reply.headers.keys() & {"Retry-After"}}
+    return page
 
 
 # What a template calls a whole row, by a column that tells it.
@@ -2334,7 +2345,7 @@ ROUTES = [
     Route("POST", "/api/outbox/{id:uuid}/send", "user", sql("update_outbox_message")),
     Route("POST", "/api/outbox/{id:uuid}/skip", "user", sql("delete_outbox_message")),
     Route("GET", "/api/push/key", "user", get_push_key),
-    Route("POST", "/api/push/subscriptions", "user", sql("create_push_subscription"), PushSubscription, 201),
+    Route("POST", "/api/push/subscriptions", "user", create_push_subscription, PushSubscription, 201),
     Route("DELETE", "/api/push/subscriptions", "user", sql("delete_push_subscription"), Endpoint, 204),
     Route("POST", "/api/resolve", "program", resolve, Subject),
     Route("DELETE", "/api/scheduled/{id:uuid}", "program", sql("delete_scheduled"), None, 204),
@@ -2343,7 +2354,7 @@ ROUTES = [
     Route("DELETE", USER, "program", sql("delete_user"), None, 204),
     Route("PATCH", CHOICES, "program", sql("update_preferences", "preferences"), PreferencesPatch),
     Route("GET", f"{USER}/export", "program", sql("get_export")),
-    Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest | None, 201),
+    Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest, 201),
     Route("GET", "/api/deliveries", "admin", list_deliveries, DeliveriesWanted),
     Route("POST", "/api/deliveries/retry", "admin", sql("retry_deliveries"), RetryRequest),
     Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", retry_delivery),

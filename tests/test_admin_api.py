@@ -120,6 +120,11 @@ def test_a_retry_looks_again(fail: Any, api: httpx.Client, alice: httpx.Client, 
     assert sql("SELECT status, reason FROM deliveries") == [("suppressed", "already_read")]
 
 
+def test_all_are_tried_again_when_no_body_names_a_channel(fail: Any, api: httpx.Client) -> None:
+    fail(2)
+    assert api.post("/api/deliveries/retry").json() == {"retried": 2}
+
+
 def test_all_of_a_channel_or_all_can_be_tried_again_spread_out(
     fail: Any, api: httpx.Client, mailbox: Mailbox, hookbox: Hookbox, sql: Sql, drain: Callable[[], None]
 ) -> None:

@@ -294,6 +294,11 @@ def test_a_session_is_not_an_admins_unless_a_link_or_the_provider_made_it(
     minted = client(running.url, make_key("send")).post("/api/users/root/token", json={}).json()["token"]
     assert client(running.url, minted).get("/api/unread-count").status_code == 200
     problem(client(running.url, minted).get("/api/keys"), 403)
+    admin = client(running.url, make_key("admin"))
+    for user, status in (("root", 200), ("alice", 403)):
+        token = admin.post(f"/api/users/{user}/token", json={}).json()["token"]
+        assert keys(gate.start_session(token)) == status
+        problem(client(running.url, token).get("/api/keys"), 403)
     assert keys(gate.start_session(minted)) == 403
     browser = client(running.url)
     assert browser.post("/login", json={"token": minted}).status_code == 200

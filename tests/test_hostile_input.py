@@ -492,7 +492,9 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(
             assert word not in reply.text.lower()
     sql("ALTER VIEW inbox RENAME TO gone")
     problem(alice.get("/api/notifications"), 500)
-    problem(alice.get("/"), 500)
+    page = alice.get("/")
+    assert page.status_code == 500 and page.headers["content-type"].startswith("text/html")
+    assert "Content-Security-Policy" in page.headers and "column" not in page.text
     assert "Inside" not in caplog.text and "A comment" not in caplog.text
 
 

@@ -7,7 +7,6 @@ knows as well, `python tests/test_openapi.py` writes into it: paths, parameters 
 import copy
 import json
 import re
-import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -55,7 +54,7 @@ def with_routes(document: Json) -> Json:
         if route.takes and method != "get":
             operation["requestBody"] = {
                 "content": {"application/json": {"schema": shape_of[str(route.takes)]}},
-                "required": type(None) not in typing.get_args(route.takes),
+                "required": route.takes not in app.MAY_BE_EMPTY,
             }
         document["paths"].setdefault(path, {})[method] = operation
     asked = {route.takes.__name__ for route in routes if route.takes and route.method == "GET"}

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running
+from conftest import Running, problem, user_token
 from peers import Pushbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -117,6 +117,16 @@ def test_an_unregistered_browser_gets_nothing_and_unregistering_twice_is_no_faul
         post(severity="warning")
         drain()
         assert len(pushbox.messages) == left
+
+
+def test_a_plain_http_endpoint_is_refused_unless_addresses_are_allowed_by_name(
+    serve: Callable[..., Running], client: Callable[..., httpx.Client], pushbox: Pushbox
+) -> None:
+    browser = pushbox.subscription().to_json() | {"endpoint": "http://push.example.org/1"}
+    reader = client(serve().url, user_token("alice"))
+    problem(reader.post("/api/push/subscriptions", json=browser), 400, "endpoint")
+    reader = client(serve(outbound_allow="10.0.0.0/8").url, user_token("alice"))
+    assert reader.post("/api/push/subscriptions", json=browser).status_code == 201
 
 
 def test_the_key_that_browsers_subscribe_with_signs(

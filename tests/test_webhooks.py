@@ -63,6 +63,13 @@ def test_an_event_is_told_in_the_standards_form_and_signed(
         Webhook(secret).verify(hit.body + b" ", dict(hit.headers))
 
 
+def test_an_empty_summary_is_none(post: Post, add: Any, hookbox: Hookbox, drain: Callable[[], None]) -> None:
+    add()
+    post(severity="warning", title="The title speaks", summary="")
+    drain()
+    assert b"The title speaks" in hookbox.requests[0].body
+
+
 def test_an_endpoint_hears_of_what_its_events_severity_and_user_match(
     add: Any, post: Post, hookbox: Hookbox, drain: Callable[[], None]
 ) -> None:
