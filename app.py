@@ -95,7 +95,7 @@ WORDS: dict[str, dict[str, str]] = {
 # ═══ 1 · Settings ═════════════════════════════════════════════════════════════════════════════
 # Everything comes from the environment, is checked once at the start and never changes afterwards.
 
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=10**6)]  # SQL must hold it, as days before today too
 Seconds = Annotated[float, Meta(gt=0, le=10**9)]
 MAIL_FROM = r"^([^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>)\Z"
 LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|(0*:)+0*1")
@@ -129,7 +129,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=variable):
     delivery_concurrency: Count = 16
     lease_seconds: Seconds = 60
     poll_seconds: Seconds = 1
-    max_attempts: Annotated[int, Meta(ge=1)] = 5
+    max_attempts: Annotated[int, Meta(ge=1, le=10**6)] = 5
     retry_base_seconds: Seconds = 60
     retry_max_seconds: Seconds = 1800
     email_per_minute: Count = 5
@@ -142,7 +142,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=variable):
     vapid_private_key: Annotated[str, Meta(pattern=r"^\s*(-----BEGIN[^\0]*|[\w-]{43}=?\s*)\Z")] = ""
     outbound_allow: list[Container[Any]] = []  # networks
     retention_days: Count = 90
-    pool_size: Annotated[int, Meta(ge=2)] = 10
+    pool_size: Annotated[int, Meta(ge=2, le=10**6)] = 10
     url: str = ""
     api_key: str = ""
 
@@ -282,6 +282,9 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
     """A request's body: a field it does not know is an error."""
 
 
+HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")
+
+
 class NotificationCreate(Body, kw_only=True):
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -303,6 +306,8 @@ class NotificationCreate(Body, kw_only=True):
         data = bytes(self.data)
         if not data.startswith(b"{") or len(data) > 16 * 1024:
             raise FieldError("data", "Expected `object` of at most 16 KB")
+        if len(data) > 2 and HUGE_NUMBER.search(re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data)):
+            raise FieldError("data", "Expected numbers below 1e400")  # PostgreSQL writes all digits out
 
 
 class Batch(Body):
@@ -549,6 +554,7 @@ class Query:
         self.about = head.removeprefix("-- changes: inbox\n").replace("-- ", "").replace("\n", " ").strip()
 
 
+Kind = Callable[..., Any] | None  # what a row becomes; None: a dict
 QUERIES = {path.stem: Query(path) for path in (HERE / "queries").glob("*.sql")}
 
 
@@ -561,13 +567,13 @@ class Db:
     def bind(self, **bound: Any) -> Db:
         return Db(self.pool, self.changed, self.patience, **self.bound, **bound)
 
-    async def one(self, name: str, kind: Callable[..., Any] | None = None, /, **parameters: Any) -> Any:
+    async def one(self, name: str, kind: Kind = None, /, **parameters: Any) -> Any:
         """The only row; without one the answer is 404."""
         if (row := await self.maybe(name, kind, **parameters)) is None:
             raise Problem("not_found")
         return row
 
-    async def maybe(self, name: str, kind: Callable[..., Any] | None = None, /, **parameters: Any) -> Any:
+    async def maybe(self, name: str, kind: Kind = None, /, **parameters: Any) -> Any:
         """The first row, if there is one."""
         return next(iter(await self.many(name, kind, **parameters)), None)
 
@@ -575,9 +581,7 @@ class Db:
         """How many rows the statement touched."""
         return (await self.many(name, int, **parameters))[0]
 
-    async def many(
-        self, name: str, kind: Callable[..., Any] | None = None, /, **parameters: Any
-    ) -> list[Any]:
+    async def many(self, name: str, kind: Kind = None, /, **parameters: Any) -> list[Any]:
         """All rows: dicts, or what kind makes of their columns."""
         query = QUERIES[name]
         given = {key: self.bound[key] for key in query.parameters.keys() & self.bound.keys()} | parameters
@@ -594,7 +598,7 @@ class Db:
             self.changed(given["user_id"])
         return rows
 
-    async def fetch(self, query: Query, kind: Callable[..., Any] | None, values: list[Any]) -> Any:
+    async def fetch(self, query: Query, kind: Kind, values: list[Any]) -> Any:
         """Run one statement on a connection of the pool; with rollback bound, as if it had not been."""
         async with self.pool.connection() as connection, contextlib.AsyncExitStack() as stack:
             if self.bound.get("rollback"):
@@ -755,9 +759,8 @@ class Gatekeeper:
         if settings.demo and (name := headers.get("x-demo-user-id")):
             user = user_name(name.encode("latin-1"))
             return Caller("demo", user, admin=user in settings.admins)
-        if (name := headers.get(settings.proxy_user_header.lower())) and self.is_proxy(
-            request.scope.get("client")
-        ):
+        client = request.scope.get("client")
+        if (name := headers.get(settings.proxy_user_header.lower())) and self.is_proxy(client):
             refuse_other_sites(request, settings.base_url, strict=False)
             user = user_name(name.encode("latin-1"))
             return Caller("user", user, admin=user in settings.admins)
@@ -842,6 +845,7 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
     "sender": (lambda caller: caller.kind != "user", "Only an API key may do this"),
     "program": (lambda caller: caller.kind == "key", "Only an API key may do this"),
     "admin": (lambda caller: caller.admin, "This needs an API key of scope admin, or an admin's session"),
+    "admin user": (lambda caller: caller.admin and caller.kind != "key", "This needs an admin's session"),
 }
 
 
@@ -1293,7 +1297,7 @@ class Worker:
         self.in_flight: dict[asyncio.Task[None], Outgoing] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done, self.stopping = asyncio.Event(), asyncio.Event(), False
-        self.claiming, self.finishing = asyncio.Lock(), asyncio.Lock()
+        self.claiming, self.finishing, self.ending = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self.idle_at, self.looked_at, self.suspect = time.monotonic(), 0.0, False
 
     async def claim_loop(self) -> None:
@@ -1413,18 +1417,19 @@ class Worker:
             await asyncio.sleep(PRUNE_SECONDS)
 
     async def stop(self) -> None:
-        """Let what is under way end, write it down, and give back what did not end in time."""
+        """Let what is under way end, write it down, give the rest back; a second call waits for this."""
         self.stopping = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_SECONDS), self.claiming:
-                await self.all_ended()
-        left = [{"user_id": m.user_id, "id": m.id, "claim_seq": m.claim_seq} for m in self.in_flight.values()]
-        for task in self.in_flight:
-            task.cancel()
-        async with asyncio.timeout(1):  # the process has ten seconds to end
-            await self.finish()
-            if left:
-                await self.db.run("release_messages", results=encode(left))
+        async with self.ending:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_SECONDS), self.claiming:
+                    await self.all_ended()
+            left = list(self.in_flight.values())
+            for task in self.in_flight:
+                task.cancel()
+            async with asyncio.timeout(1):  # the process has ten seconds to end
+                await self.finish()
+                if left:
+                    await self.db.run("release_messages", results=encode(left))
 
 
 # ═══ 9 · Live ═════════════════════════════════════════════════════════════════════════════════
@@ -1558,6 +1563,7 @@ class InboxStream:
 # An action takes the request and what it was given, runs a statement and returns what to answer.
 # Existence and ownership are in the SQL: ask.mine is the database with the caller's user_id filled in.
 
+QUOTED_SLASH = "\udc2f"  # stands for the %2F in a user's id while its path is routed
 BATCH_BYTES, BODY_BYTES, BODY_DEPTH = 4 * 1024 * 1024, 256 * 1024, 32
 Action = Callable[..., Awaitable[Any]]
 
@@ -1589,10 +1595,12 @@ class Ask:
     @property
     def path(self) -> dict[str, Any]:
         """What the path names; a user's id within its bounds."""
-        named = self.scope["path_params"]
-        if len(user_id := named.get("user_id", "")) > 200 or "\0" in user_id:
+        named: dict[str, Any] = self.scope["path_params"]
+        if (user_id := named.get("user_id")) is None:
+            return named
+        if len(user_id) > 200 or "\0" in user_id:
             raise FieldError("user_id", "Expected at most 200 characters, and no NUL")
-        return named
+        return {"user_id": user_id.replace(QUOTED_SLASH, "/")}
 
     @property
     def here(self) -> str:
@@ -1704,9 +1712,8 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
 async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
     """What would happen to a notification; nothing is stored."""
     key = header_key(ask)
-    rows = await ask.bell.intake.preview(
-        [make_item(user, asked, key) for user in recipients(ask.user, asked)]
-    )
+    items = [make_item(user, asked, key) for user in recipients(ask.user, asked)]
+    rows = await ask.bell.intake.preview(items)
     return rows[0].answer if asked.user_ids is None else results(rows)
 
 
@@ -2383,7 +2390,7 @@ ROUTES = [
     page("/", "user", "inbox", "list_notifications", "list_outbox"),
     page("/n/{id:uuid}", "user", "notification", "get_preferences", "get_notification"),
     page("/preferences", "user", "preferences", "get_preferences", "list_event_names"),
-    page("/admin", "admin", "admin", "get_preferences", *ADMIN_ROWS),
+    page("/admin", "admin user", "admin", "get_preferences", *ADMIN_ROWS),
 ]
 
 
@@ -2463,12 +2470,15 @@ def create_app(settings: Settings) -> Litestar:
         state=State({"service": service}),
         **nothing,
     )
-    app.asgi_handler = functools.partial(head_as_get, app.asgi_handler)
+    app.asgi_handler = functools.partial(front, app.asgi_handler)
     return app
 
 
-async def head_as_get(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """HEAD is GET without its body; Litestar would answer it with 405."""
+async def front(app: ASGIApp, scope: Any, receive: Receive, send: Send) -> None:
+    """What Litestar would not do: HEAD is GET without its body, and a quoted slash is part of a user's id."""
+    if scope["type"] == "http" and scope["path"].startswith("/api/users/"):
+        quoted = re.sub("%2[fF]", QUOTED_SLASH, scope["raw_path"].decode("latin-1"))
+        scope = {**scope, "path": unquote(quoted)}
     if scope["type"] != "http" or scope["method"] != "HEAD":
         return await app(scope, receive, send)
 
@@ -2513,7 +2523,7 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says when it answers, and ends open streams before it waits for requests."""
+    """uvicorn that says when it answers, ends streams first, and sending while it waits for requests."""
 
     def __init__(self, config: uvicorn.Config, service: Service, greet: Callable[[], None]) -> None:
         super().__init__(config)
@@ -2526,7 +2536,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.hub.close()
-        await super().shutdown(sockets)
+        await asyncio.gather(self.service.worker.stop(), super().shutdown(sockets), return_exceptions=True)
 
 
 # ═══ 15 · Command line ════════════════════════════════════════════════════════════════════════
@@ -2571,6 +2581,7 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
         url = f"http://{url_host(host)}:{port}"
         settings = msgspec.structs.replace(settings, base_url=re.sub(":0$", f":{port}", settings.base_url))
         greeting = f"bellhop: listening on {url}"
+        app = create_app(settings)  # may refuse them: before a key is made that nobody would see
         with contextlib.suppress(Problem):  # there has been a key before
             if embedded:
                 key = (await add_key(db, "first-run", "admin", only_first=True))["secret"]
@@ -2578,7 +2589,6 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
                 text = (HERE / "templates/first_run.txt").read_text()
                 greeting += "\n" + text.format(url=url, key=key, link=link)
         await db.pool.close()
-        app = create_app(settings)
         more: dict[str, Any] = {"http": Protocol, "ws": "none", "log_level": "warning", "access_log": False}
         more |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 8}
         gc.collect()
@@ -2634,6 +2644,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
             case "serve":
                 await serve(settings, db, embedded)
             case "check":
+                Service(settings)  # what only its parts can judge: the mail server's URL, the push key
                 return "bellhop: all is well"
             case "create":
                 return (await add_key(db, **args))["secret"]

@@ -19,7 +19,7 @@ CROSS JOIN LATERAL (
           AND (i.cursor IS NULL OR n.id < i.cursor)
           AND (n.archived_at IS NOT NULL) = i.archived
           AND (NOT i.unread OR n.read_at IS NULL)
-          AND (i.event IS NULL OR n.event_name = i.event
+          AND (i.event IS NULL OR i.event IN (n.event_name, '*')
                OR i.event LIKE '%%.*' AND starts_with(n.event_name, left(i.event, -1)))
         ORDER BY n.id DESC
         LIMIT i."limit" + 1

@@ -62,6 +62,11 @@ def test_a_send_key_cannot_reach_the_admin_api(sender: httpx.Client, api: httpx.
     assert {key["name"] for key in api.get("/api/keys").json()["keys"]} == {"admin", "send"}
 
 
+def test_a_key_has_no_pages_not_even_the_admins(sender: httpx.Client, api: httpx.Client) -> None:
+    for path in ("/", "/preferences", "/admin"):
+        assert api.get(path).status_code == sender.get(path).status_code == 403, path
+
+
 def test_a_key_names_its_recipient_and_has_no_inbox(sender: httpx.Client) -> None:
     assert sender.post("/api/notifications", json={"user_id": "alice", **NOTE}).status_code == 201
     problem(sender.post("/api/notifications", json=NOTE), 400, "user_id")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from uuid import uuid4
 import httpx
 import pytest
 from conftest import Running, eventually
+from peers import HANG, Mailbox
 
 import app
 
@@ -137,6 +139,26 @@ def test_serving_prints_one_line_when_it_answers_and_ends_when_told_also_with_op
         assert served.process.returncode in (0, -how, 128 + how)
         time.sleep(0.1)
         assert len(served.said) == 1 and served.complained == []
+
+
+def test_a_body_that_never_ends_and_a_mail_that_hangs_do_not_add_up_when_it_is_told_to_end(
+    start: Callable[..., Served], mailbox: Mailbox, sql: Sql, database: str, tmp_path: Path
+) -> None:
+    mailbox.always("DATA", HANG)
+    mail = {"smtp_url": mailbox.url, "mail_from": "bell@example.org"}
+    served = start(database_url=database, home=str(tmp_path), secret=SECRET, demo="true", **mail)
+    sql(
+        "INSERT INTO notification_preferences (user_id, email, email_enabled) VALUES ('me', 'me@b.example', true)"
+    )
+    note = {"event_name": "e", "title": "t", "body": "b", "severity": "critical"}
+    with httpx.Client(base_url=served.url, headers={"x-demo-user-id": "me"}, trust_env=False) as client:
+        assert client.post("/api/notifications", json=note).status_code == 201
+    eventually(lambda: sql("SELECT id FROM outbox WHERE state = 'sending'"))
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as half:
+        half.sendall(b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        time.sleep(0.2)
+        assert served.end(signal.SIGTERM) < 10
+    assert sql("SELECT state, attempts FROM outbox") == [("pending", 0)], "it was given back"
 
 
 def test_the_secret_of_a_home_makes_links_that_a_restarted_service_takes(
@@ -355,6 +377,9 @@ def ids_of(url: str, key: str) -> set[str]:
 def test_the_first_run_shows_the_way_and_nothing_acknowledged_is_ever_lost(
     start: Callable[..., Served], bellhop: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wrong = environment(home=str(home), smtp_url="smtp://mail.example.com:port", mail_from="a@example.com")
+    assert subprocess.run(PROGRAM, env=wrong, capture_output=True, timeout=60).returncode == 2
+    # A start that was refused has not used up the only showing of the key.
     first = start(home=str(home))
     eventually(lambda: any("#token=" in line for line in first.said))
     printed = "".join(first.said)

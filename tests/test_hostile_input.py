@@ -170,7 +170,17 @@ def test_numbers_in_data_come_back_as_they_were(api: httpx.Client) -> None:
     assert sent.status_code == 201
     for number in ("123456789012345678901234567890", "0.10000000000000000001", "18446744073709551615"):
         assert number in sent.text
-    problem(post(api, (json.dumps(GOOD)[:-1] + ', "data": {"n": 1e999999}}').encode()), 400)
+    text = '{"said": "1e5000 and \\"1e9999"}'
+    assert post(api, (json.dumps(GOOD)[:-1] + f', "data": {text}}}').encode()).status_code == 201
+    for number in (
+        "1e999999",
+        "1e400",
+        "-1.5E+0401",
+        "1e-5000",
+        "9" * 400,
+    ):  # each would be as many digits long
+        told = post(api, (json.dumps(GOOD)[:-1] + f', "data": {{"n": [{number}]}}}}').encode())
+        problem(told, 400, "data")
 
 
 # ─── What the fields refuse ───

@@ -63,6 +63,7 @@ def test_filters_choose_unread_archived_and_events(alice: httpx.Client, post: Po
     assert titles(alice, event="comment.*") == ["comment.", "comment.reply.new", "comment.created"]
     assert titles(alice, event="comment.reply.*") == ["comment.reply.new"]
     assert titles(alice, event="comment") == ["comment"]
+    assert titles(alice, event="*") == titles(alice)
     assert titles(alice, event="comment.*", unread=1) == ["comment.", "comment.reply.new"]
     assert titles(alice, event="build.*", archived=1) == ["build.failed"]
     assert titles(alice, event="nothing.*") == []

@@ -63,7 +63,7 @@ def test_user_ids_may_hold_what_urls_must_quote(sender: httpx.Client, sql: Sql) 
     for user, path in (
         ("a b", "a%20b"), ("a@example.com", "a@example.com"), ("é", "%C3%A9"), ("a?b#c", "a%3Fb%23c"),
         ("a+b", "a+b"), ("a%20b", "a%2520b"), ("auth0|1", "auth0%7C1"), ("<script>", "%3Cscript%3E"),
-        ("'; --", "'%3B%20--"),
+        ("'; --", "'%3B%20--"), ("org/7", "org%2F7"), ("/", "%2f"), ("a/export", "a%2Fexport"),
     ):  # fmt: skip
         reply = sender.put(f"/api/users/{path}", json={"locale": "de"})
         assert reply.status_code == 200 and reply.json()["user_id"] == user

@@ -143,6 +143,15 @@ def test_zero_days_keep_everything(
     assert sql(COUNTS) == [(2, 2, 1)]
 
 
+def test_more_days_than_there_have_been_since_1970_keep_everything(
+    post: Post, sql: Sql, prune: Callable[[], None], service: Running
+) -> None:
+    post(severity="info")
+    service.service.worker.db.bound["days"] = 36_500
+    prune()
+    assert sql(COUNTS) == [(1, 1, 0)]
+
+
 def test_it_happens_by_itself_at_the_start(
     delivering: Any, post: Post, alice: httpx.Client, sql: Sql, drain: Callable[[], None]
 ) -> None:

@@ -58,6 +58,9 @@ REFUSED: list[tuple[dict[str, str], str]] = [  # settings, and the variable that
     ({"BELLHOP_MAX_ATTEMPTS": "0"}, "BELLHOP_MAX_ATTEMPTS"),
     ({"BELLHOP_EMAIL_PER_MINUTE": "-1"}, "BELLHOP_EMAIL_PER_MINUTE"),
     ({"BELLHOP_RETENTION_DAYS": "-1"}, "BELLHOP_RETENTION_DAYS"),
+    ({"BELLHOP_RETENTION_DAYS": "2000000000"}, "BELLHOP_RETENTION_DAYS"),
+    ({"BELLHOP_DELIVERY_CONCURRENCY": "9999999999"}, "BELLHOP_DELIVERY_CONCURRENCY"),
+    ({"BELLHOP_MAX_ATTEMPTS": "99999999999999"}, "BELLHOP_MAX_ATTEMPTS"),
     ({"BELLHOP_POOL_SIZE": "0"}, "BELLHOP_POOL_SIZE"),
     ({"BELLHOP_POOL_SIZE": "many"}, "BELLHOP_POOL_SIZE"),
     ({"BELLHOP_CORS_ORIGINS": "example.com"}, "BELLHOP_CORS_ORIGINS"),
@@ -110,6 +113,16 @@ def test_what_is_wrong_unknown_or_unsafe_is_refused_in_one_line(start: Callable[
 def test_every_command_refuses_what_serve_refuses(start: Callable[..., str]) -> None:
     for command in ("serve", "check", "link alice", "key list", "send alice hi"):
         assert "BELLHOP_PROT" in start({"BELLHOP_PROT": "1"}, *command.split())
+
+
+def test_check_finds_what_serve_finds_only_in_its_parts(start: Callable[..., str]) -> None:
+    mail = {"BELLHOP_MAIL_FROM": "a@example.com"}
+    for environ in (
+        mail | {"BELLHOP_SMTP_URL": "smtp://mail.example.com:port"},
+        mail | {"BELLHOP_SMTP_URL": "smtp://mail.example.com?starttls=no"},
+        {"BELLHOP_VAPID_PRIVATE_KEY": "-----BEGIN NONSENSE-----"},
+    ):
+        assert start(environ, "serve") == start(environ, "check")
 
 
 def test_a_near_miss_is_told_its_right_name(start: Callable[..., str]) -> None:
