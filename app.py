@@ -418,9 +418,6 @@ class WebhookCreate(Body):
     user_id: UserId | None = None  # then it is told about this user only
 
 
-MAY_BE_EMPTY = (TokenRequest, RetryRequest)  # bodies that may be left out as a whole
-
-
 class Result(NamedTuple):
     """What became of one item; leaves: something of it is due outside now."""
 
@@ -1573,6 +1570,7 @@ class InboxStream:
 
 QUOTED_SLASH = "\udc2f"  # stands for the %2F in a user's id while its path is routed
 BATCH_BYTES, BODY_BYTES, BODY_DEPTH = 4 * 1024 * 1024, 256 * 1024, 32
+MAY_BE_EMPTY = (TokenRequest, RetryRequest)  # bodies that may be left out as a whole
 Action = Callable[..., Awaitable[Any]]
 
 
