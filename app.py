@@ -527,6 +527,11 @@ def encode(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
+def plain(value: Any) -> Any:
+    """An answer of the API as the lists and dicts a template reads."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
 class Query:
     """One statement of queries/: its parameters, what it does, and whether it changes an inbox."""
 
@@ -595,6 +600,30 @@ class Db:
             cursor = AsyncRawCursor(connection, row_factory=args_row(kind) if kind else dict_row)
             await cursor.execute(query.numbered, values)
             return await cursor.fetchall() if cursor.description else [cursor.rowcount]
+
+
+async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Times are answered in UTC, whatever the server's zone; no transaction is left open for long."""
+    settings = "SET timezone TO 'UTC'; SET application_name TO 'bellhop'"
+    # A claim takes 3 ms to plan and 1 ms to run, and its cost on paper would have it compiled each time.
+    settings += "; SET plan_cache_mode TO force_generic_plan; SET jit TO off"
+    await connection.execute(f"{settings}; SET idle_in_transaction_session_timeout TO '60s'", prepare=False)
+
+
+async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
+    """A connection of its own, waited for a little: the database may be starting beside us."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            connection = await psycopg.AsyncConnection.connect(conninfo, autocommit=True, connect_timeout=5)
+            await prepare_connection(connection)
+            return connection
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise StartError(f"the database does not answer: {error}") from None
+            await asyncio.sleep(0.5)
+        except psycopg.Error:  # its text repeats the password
+            raise StartError("DATABASE_URL is wrong: postgresql://user@host/name is expected") from None
 
 
 # ═══ 4 · Errors ═══════════════════════════════════════════════════════════════════════════════
@@ -849,11 +878,63 @@ async def admit(ask: Ask, by: str) -> None:
 
 
 # ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
-# Requests in flight together share one statement: what queued up while the last one ran is the next.
+# JSON becomes a type. Requests in flight together share one statement: what queued up while the last one
+# ran is the next.
 
+BODY_DEPTH = 32  # brackets within each other; deeper ones are refused before they are decoded
 READERS = 2  # list statements under way at once: the second uses the other core
 SHARED_ITEMS = 512  # items that one statement takes; a single larger request still goes whole
 Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
+
+
+def decode_body(body: bytes, kind: Any) -> Any:
+    """JSON as `kind`; field names may also be written in camelCase."""
+    body.decode()  # msgspec takes what it skips, data above all, without a look at its UTF-8
+    if rb"\u0000" in body and re.search(rb"(?<!\\)(?:\\\\)*\\u0000", body):
+        raise Problem("not_json", "The body holds a NUL character")
+    if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
+        refuse_deep(body)
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        return msgspec.json.decode(snake_keys(body), type=kind)
+
+
+def refuse_deep(body: bytes) -> None:
+    """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
+    depth = 0
+    for token in re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > BODY_DEPTH:
+            raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
+
+
+def snake_keys(body: bytes | Raw) -> bytes:
+    """The same JSON object with its field names in snake_case, those of notifications included."""
+    renamed: dict[str, Raw] = {}
+    if not bytes(body).lstrip().startswith(b"{"):
+        return bytes(body)  # refused by its type, which knows its place
+    for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
+        snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
+        if snake in renamed:
+            raise FieldError(snake, "Given twice")
+        many = snake == "notifications" and bytes(value).startswith(b"[")
+        items = map(snake_keys, msgspec.json.decode(value, type=list[Raw])) if many else ()
+        renamed[snake] = Raw(b"[%s]" % b",".join(items)) if many else value
+    return msgspec.json.encode(renamed)
+
+
+def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> list[str]:
+    """Whom a notification is for: a demo user itself, otherwise whom the program names."""
+    if caller.kind == "demo" and asked.user_id is None and asked.user_ids is None:
+        return [caller.user_id]
+    if caller.kind == "demo":
+        raise FieldError("user_id", "A demo user writes to itself only")
+    if asked.user_ids is not None and asked.user_id is None and not place:
+        return list(dict.fromkeys(asked.user_ids))
+    if asked.user_id is None or asked.user_ids is not None:
+        raise FieldError(f"{place}user_id", "Expected one recipient")
+    return [asked.user_id]
 
 
 class Shared:
@@ -1003,8 +1084,6 @@ def smtp_arguments(url: str) -> dict[str, Any]:
 
 
 class MailClient(aiosmtplib.SMTP):
-    """A connection to the mail server that several mails may use."""
-
     def close(self) -> None:
         """Hang up at once: over TLS the loop would wait half a minute for the server's good-bye."""
         if self.transport:
@@ -1569,7 +1648,7 @@ class InboxStream:
 # Existence and ownership are in the SQL: ask.mine is the database with the caller's user_id filled in.
 
 QUOTED_SLASH = "\udc2f"  # stands for the %2F in a user's id while its path is routed
-BATCH_BYTES, BODY_BYTES, BODY_DEPTH = 4 * 1024 * 1024, 256 * 1024, 32
+BATCH_BYTES, BODY_BYTES = 4 * 1024 * 1024, 256 * 1024
 MAY_BE_EMPTY = (TokenRequest, RetryRequest)  # bodies that may be left out as a whole
 Action = Callable[..., Awaitable[Any]]
 
@@ -1633,56 +1712,6 @@ class Ask:
         if body and not is_json(self.headers.get("content-type", "")):
             raise Problem("unsupported_media_type")
         return decode_body(body or (b"{}" if kind in MAY_BE_EMPTY else b"null"), kind)
-
-
-def decode_body(body: bytes, kind: Any) -> Any:
-    """JSON as `kind`; field names may also be written in camelCase."""
-    body.decode()  # msgspec takes what it skips, data above all, without a look at its UTF-8
-    if rb"\u0000" in body and re.search(rb"(?<!\\)(?:\\\\)*\\u0000", body):
-        raise Problem("not_json", "The body holds a NUL character")
-    if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
-        refuse_deep(body)
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        return msgspec.json.decode(snake_keys(body), type=kind)
-
-
-def refuse_deep(body: bytes) -> None:
-    """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
-    depth = 0
-    for token in re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
-        if depth > BODY_DEPTH:
-            raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
-
-
-def snake_keys(body: bytes | Raw) -> bytes:
-    """The same JSON object with its field names in snake_case, those of notifications included."""
-    renamed: dict[str, Raw] = {}
-    if not bytes(body).lstrip().startswith(b"{"):
-        return bytes(body)  # refused by its type, which knows its place
-    for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
-        snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
-        if snake in renamed:
-            raise FieldError(snake, "Given twice")
-        many = snake == "notifications" and bytes(value).startswith(b"[")
-        items = map(snake_keys, msgspec.json.decode(value, type=list[Raw])) if many else ()
-        renamed[snake] = Raw(b"[%s]" % b",".join(items)) if many else value
-    return msgspec.json.encode(renamed)
-
-
-def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> list[str]:
-    """Whom a notification is for: a demo user itself, otherwise whom the program names."""
-    if caller.kind == "demo" and asked.user_id is None and asked.user_ids is None:
-        return [caller.user_id]
-    if caller.kind == "demo":
-        raise FieldError("user_id", "A demo user writes to itself only")
-    if asked.user_ids is not None and asked.user_id is None and not place:
-        return list(dict.fromkeys(asked.user_ids))
-    if asked.user_id is None or asked.user_ids is not None:
-        raise FieldError(f"{place}user_id", "Expected one recipient")
-    return [asked.user_id]
 
 
 def header_key(ask: Ask) -> str | None:
@@ -1920,11 +1949,6 @@ def script_words(lang: str, *more: str) -> str:
     """The words that a page's scripts say, as JSON that may stand in HTML."""
     words = {key: text for key, text in WORDS[lang].items() if key.startswith(("js.", *more))}
     return jinja2.utils.htmlsafe_json_dumps(words, ensure_ascii=False, separators=(",", ":"))
-
-
-def plain(value: Any) -> Any:
-    """An answer of the API as the lists and dicts a template reads."""
-    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def show_error(ask: Ask, error: Exception) -> Reply:
@@ -2295,30 +2319,6 @@ async def prepare(settings: Settings) -> None:
         raise StartError(*faults)
 
 
-async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Times are answered in UTC, whatever the server's zone; no transaction is left open for long."""
-    settings = "SET timezone TO 'UTC'; SET application_name TO 'bellhop'"
-    # A claim takes 3 ms to plan and 1 ms to run, and its cost on paper would have it compiled each time.
-    settings += "; SET plan_cache_mode TO force_generic_plan; SET jit TO off"
-    await connection.execute(f"{settings}; SET idle_in_transaction_session_timeout TO '60s'", prepare=False)
-
-
-async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
-    """A connection of its own, waited for a little: the database may be starting beside us."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            connection = await psycopg.AsyncConnection.connect(conninfo, autocommit=True, connect_timeout=5)
-            await prepare_connection(connection)
-            return connection
-        except psycopg.OperationalError as error:
-            if time.monotonic() > deadline:
-                raise StartError(f"the database does not answer: {error}") from None
-            await asyncio.sleep(0.5)
-        except psycopg.Error:  # its text repeats the password
-            raise StartError("DATABASE_URL is wrong: postgresql://user@host/name is expected") from None
-
-
 async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
     """Run schema.sql unless this very file was the last one run: it locks tables that others may be using."""
     text = (HERE / "schema.sql").read_bytes()
@@ -2579,6 +2579,13 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
+    if not (1 <= len(user_id) <= 200 and 1 <= minutes <= 60 * 24 * 30):
+        raise CommandError("a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
+    token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), admin=admin)
+    return f"{settings.base_url}/login#token={token}"
+
+
 async def serve(settings: Settings, db: Db, embedded: bool) -> None:
     """Serve until told to stop; say where and, at the very first start, how to begin."""
     with listen(settings) as listener:
@@ -2600,13 +2607,6 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
         gc.freeze()  # what is here now stays: later collections need not look at it again
         greet = functools.partial(print, greeting, flush=True)
         await Server(uvicorn.Config(app, **more), app.state.service, greet).serve(sockets=[listener])
-
-
-def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
-    if not (1 <= len(user_id) <= 200 and 1 <= minutes <= 60 * 24 * 30):
-        raise CommandError("a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
-    token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), admin=admin)
-    return f"{settings.base_url}/login#token={token}"
 
 
 async def send(settings: Settings, fields: dict[str, Any]) -> str:
