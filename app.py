@@ -78,12 +78,11 @@ from psycopg import AsyncRawCursor
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from yarl import URL
 
 VERSION = "0.1.0"
-SCHEMA_VERSION = 1
 HERE = Path(__file__).resolve().parent
 Pool = AsyncConnectionPool[Any]
 log = logging.getLogger("bellhop")
@@ -690,7 +689,7 @@ def as_problem(error: Exception) -> Problem:
             problem = Problem(BY_STATUS.get(error.status_code, "bad_request"))
             problem.headers |= error.headers or {}
             return problem
-        case TimeoutError() | PoolTimeout():
+        case TimeoutError():
             return Problem("database_away", retry_after=2)
         case psycopg.Error():
             return database_problem(error)
@@ -853,7 +852,6 @@ def refuse_other_sites(ask: Ask, strict: bool) -> None:
 
 
 def is_json(content_type: str) -> bool:
-    """Whether a body says that it is JSON."""
     return content_type.partition(";")[0].strip().lower() == JSON
 
 
@@ -878,8 +876,7 @@ async def admit(ask: Ask, by: str) -> None:
 
 
 # ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
-# JSON becomes a type. Requests in flight together share one statement: what queued up while the last one
-# ran is the next.
+# JSON becomes a type. Requests in flight together share a statement: what queues up meanwhile is the next.
 
 BODY_DEPTH = 32  # brackets within each other; deeper ones are refused before they are decoded
 READERS = 2  # list statements under way at once: the second uses the other core
@@ -1531,8 +1528,7 @@ class Hub:
         self.streams: dict[str, list[InboxStream]] = {}
         self.closed = False
         self.alone = True  # on this database
-        self.users = set[str]()  # of whom the others are to be told
-        self.told = asyncio.Event()
+        self.users, self.told = set[str](), asyncio.Event()  # of whom the others are to be told
 
     def publish(self, user_id: str) -> None:
         """Tell a user's streams that the inbox changed; never waits."""
@@ -2002,15 +1998,15 @@ async def logout(ask: Ask) -> Reply:
 
 async def unsubscribe(ask: Ask) -> Reply:
     """A form; sent, it switches the user's e-mail off, or just this event's. The link is proof enough."""
-    known = read_unsubscribe(ask.bell.settings.secret, ask.path["token"])
+    user, event = read_unsubscribe(ask.bell.settings.secret, ask.path["token"]) or (None, None)
     sent = ask.scope["method"] == "POST"
-    if sent and known is None:
+    if sent and user is None:
         raise Problem("not_found")
-    event = known and known[1]
-    if sent and known:
+    if sent:
         event = event if b"event=" in await ask.body() else None
-        await ask.bell.db.run("update_unsubscribed", user_id=known[0], event=event)
-    return ask.bell.pages.show(ask, "unsubscribe.html", token_ok=bool(known), done=sent, event_name=event)
+        await ask.bell.db.run("update_unsubscribed", user_id=user, event=event)
+    told = {"token_ok": user is not None, "done": sent, "event_name": event}
+    return ask.bell.pages.show(ask, "unsubscribe.html", **told)
 
 
 async def get_asset(ask: Ask) -> Reply:
@@ -2053,7 +2049,6 @@ class Loops:
             self.failing.discard(name)
 
     def down(self) -> list[str]:
-        """The loops that do not run right now."""
         return [name for name, task in self.tasks.items() if task.done() or name in self.failing]
 
     async def stop(self) -> None:
@@ -2072,7 +2067,7 @@ async def get_readiness(ask: Ask) -> Any:
     down = ask.bell.loops.down()
     try:
         await ask.bell.db.one("get_readiness")
-    except (TimeoutError, psycopg.Error, PoolTimeout):
+    except (TimeoutError, psycopg.Error):  # PoolTimeout is one of these
         down.append("database")
     if down:
         raise Problem("unready", f"Not working: {', '.join(down)}")
@@ -2468,7 +2463,6 @@ def create_app(settings: Settings) -> Litestar:
 
     allowed = ["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"]
     cors = CORSConfig(settings.cors_origins, allow_headers=allowed, expose_headers=["ETag", "Retry-After"])
-    nothing: dict[str, Any] = {"openapi_config": None, "logging_config": None}
     app = Litestar(
         [make_handler(route) for route in ROUTES],
         exception_handlers={Exception: refuse},
@@ -2476,7 +2470,8 @@ def create_app(settings: Settings) -> Litestar:
         lifespan=[lifespan],
         cors_config=cors if settings.cors_origins else None,
         state=State({"service": service}),
-        **nothing,
+        openapi_config=None,
+        logging_config=None,
     )
     app.asgi_handler = functools.partial(whole_user_ids, app.asgi_handler)
     return app
