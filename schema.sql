@@ -1,4 +1,4 @@
--- Bellhop's whole database. Idempotent: applied at every start under an advisory lock.
+-- Bellhop's whole database. Idempotent: applied by a start that finds it changed, under an advisory lock.
 --
 -- notifications             one thing one user was told; read_at is the only read state
 -- notification_preferences  a user's choices and address; no row means the defaults

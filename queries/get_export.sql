@@ -2,16 +2,16 @@
 SELECT %(user_id)s::text AS user_id,
     (SELECT to_json(p) FROM notification_preferences p WHERE p.user_id = %(user_id)s::text) AS preferences,
     (SELECT coalesce(json_agg(n ORDER BY n.id), '[]'::json)
-                      FROM notifications n WHERE n.user_id = %(user_id)s::text) AS notifications,
+     FROM notifications n WHERE n.user_id = %(user_id)s::text) AS notifications,
     (SELECT coalesce(json_agg(d ORDER BY d.id), '[]'::json)
-                   FROM deliveries d WHERE d.user_id = %(user_id)s::text) AS deliveries,
+     FROM deliveries d WHERE d.user_id = %(user_id)s::text) AS deliveries,
     (SELECT coalesce(json_agg(o ORDER BY o.id), '[]'::json)
-                 FROM outbox o WHERE o.user_id = %(user_id)s::text) AS messages,
+     FROM outbox o WHERE o.user_id = %(user_id)s::text) AS messages,
     (SELECT coalesce(json_agg(s), '[]'::json)
-                           FROM push_subscriptions s WHERE s.user_id = %(user_id)s::text) AS push_subscriptions,
+     FROM push_subscriptions s WHERE s.user_id = %(user_id)s::text) AS push_subscriptions,
     (SELECT coalesce(json_agg(json_build_object('id', w.id, 'url', w.url, 'events', w.events)), '[]'::json)
-                 FROM webhook_endpoints w WHERE w.user_id = %(user_id)s::text) AS webhooks,
+     FROM webhook_endpoints w WHERE w.user_id = %(user_id)s::text) AS webhooks,
     (SELECT coalesce(json_agg(s), '[]'::json)
-                     FROM suppressions s WHERE s.user_id = %(user_id)s::text) AS suppressions,
+     FROM suppressions s WHERE s.user_id = %(user_id)s::text) AS suppressions,
     (SELECT coalesce(json_agg(i), '[]'::json)
-                  FROM intake i WHERE i.payload ->> 'user_id' = %(user_id)s::text) AS scheduled
+     FROM intake i WHERE i.payload ->> 'user_id' = %(user_id)s::text) AS scheduled
