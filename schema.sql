@@ -101,8 +101,8 @@ CREATE TABLE IF NOT EXISTS push_subscriptions (
     CONSTRAINT push_subscriptions_pkey PRIMARY KEY (user_id, id)
 );
 COMMENT ON TABLE push_subscriptions IS 'one browser, one reader';
-CREATE INDEX IF NOT EXISTS push_subscriptions_endpoint ON push_subscriptions (md5(endpoint));
-    -- serves: create_push_subscription (moving a browser to its new reader)
+CREATE UNIQUE INDEX IF NOT EXISTS push_subscriptions_browser ON push_subscriptions (md5(endpoint));
+    -- serves: create_push_subscription (one browser, one row; a new reader takes it over)
 
 CREATE TABLE IF NOT EXISTS webhook_endpoints (
     id              uuid NOT NULL DEFAULT gen_random_uuid()
@@ -287,5 +287,7 @@ CROSS JOIN LATERAL (
 WHERE p.quiet_from <> p.quiet_to AND quiet.begins <= now() AND now() < quiet.ends;
 
 -- Upgrades: dated statements that bring an older release's tables up to what is written above.
+-- 2026-11-21: a browser's endpoint is unique, by another index.
+DROP INDEX IF EXISTS push_subscriptions_endpoint;
 
 INSERT INTO schema_version (version) VALUES (1) ON CONFLICT (version) DO NOTHING;

@@ -1,27 +1,14 @@
--- Registers a browser for this user; the same endpoint again renews it, another user's moves here:
--- one browser, one reader. The owner is left out of moved on purpose.
-WITH asked AS (
-    SELECT %(user_id)s::text AS user_id, wish ->> 'endpoint' AS endpoint, wish -> 'keys' ->> 'p256dh' AS p256dh,
-           wish -> 'keys' ->> 'auth' AS auth,
-           lower(substring(wish ->> 'endpoint' FROM '^[^/]*//([^/?#]+)')) AS host
+-- Registers a browser for this user; the same endpoint again renews it, another user's moves here as a new
+-- one: one browser, one reader, however many ask at once.
+WITH asked AS MATERIALIZED (
+    SELECT %(user_id)s::text AS user_id, gen_random_uuid() AS id, wish ->> 'endpoint' AS endpoint,
+           lower(substring(wish ->> 'endpoint' FROM '^[^/]*//([^/?#]+)')) AS host,
+           wish -> 'keys' ->> 'p256dh' AS p256dh, wish -> 'keys' ->> 'auth' AS auth
     FROM (SELECT %(patch)s::jsonb AS wish) given
-),
-moved AS (
-    DELETE FROM push_subscriptions s USING asked a
-    WHERE md5(s.endpoint) = md5(a.endpoint) AND s.endpoint = a.endpoint AND s.user_id <> a.user_id
-),
-renewed AS (
-    UPDATE push_subscriptions s
-    SET p256dh = a.p256dh, auth = a.auth
-    FROM asked a
-    WHERE s.user_id = a.user_id AND md5(s.endpoint) = md5(a.endpoint) AND s.endpoint = a.endpoint
-    RETURNING s.id
-),
-added AS (
-    INSERT INTO push_subscriptions (user_id, endpoint, host, p256dh, auth)
-    SELECT user_id, endpoint, host, p256dh, auth FROM asked WHERE NOT EXISTS (SELECT FROM renewed)
-    RETURNING id
 )
-SELECT id, false AS added FROM renewed
-UNION ALL
-SELECT id, true FROM added
+INSERT INTO push_subscriptions AS s (user_id, id, endpoint, host, p256dh, auth)
+SELECT user_id, id, endpoint, host, p256dh, auth FROM asked
+ON CONFLICT (md5(endpoint)) DO UPDATE
+SET user_id = EXCLUDED.user_id, p256dh = EXCLUDED.p256dh, auth = EXCLUDED.auth,
+    id = CASE WHEN s.user_id = EXCLUDED.user_id THEN s.id ELSE EXCLUDED.id END
+RETURNING s.id, s.id = (SELECT asked.id FROM asked) AS added
