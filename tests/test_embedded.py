@@ -26,10 +26,11 @@ ROOT = os.geteuid() == 0
 
 # A service as far as its database is concerned: it says when that is up, then writes or waits.
 SERVICE = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import psycopg
 from app import embedded_postgres
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background ignores it
 with embedded_postgres(Path(sys.argv[1])) as conninfo, psycopg.connect(conninfo, autocommit=True) as database:
     database.execute("CREATE TABLE IF NOT EXISTS kept (id serial)")
     try:
