@@ -2308,10 +2308,13 @@ async def prepare(settings: Settings) -> None:
         for name, query in QUERIES.items():
             try:
                 await connection.execute(b"EXPLAIN " + query.text, dict.fromkeys(query.parameters))
+            except psycopg.errors.DeadlockDetected:  # with a process that applies the schema just now
+                return await prepare(settings)
             except psycopg.Error as error:
                 faults.append(f"queries/{name}.sql: {error}")
     if faults:
         raise StartError(*faults)
+    return None
 
 
 async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
