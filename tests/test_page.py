@@ -952,6 +952,7 @@ def test_alerts_are_asked_for_only_by_a_click_and_come_once_while_hidden(device:
     assert pages[0].evaluate(shown) == []
     for page in pages:
         page.evaluate("hide(true)")
+    pages[0].wait_for_timeout(1000)  # the hidden pages agree which of them listens for both
     sent = post(title="Out of view", severity="info")
     assert eventually(lambda: pages[0].evaluate(shown) == ["Out of view"] or pages[0].wait_for_timeout(50))
     pages[0].wait_for_timeout(600)
