@@ -28,7 +28,7 @@ export async function about(newest, leading) {
 	const worker = await navigator.serviceWorker.ready;
 	for (const { id, title, summary } of notifications.filter((one) => one.id > before)) {
 		// The tag is the same as a push has: whichever comes second replaces the first.
-		worker.showNotification(summary || title, { tag: id, data: { id, url: "/n/" + id } });
+		worker.active.postMessage({ id, title: summary || title, url: "/n/" + id });
 	}
 }
 

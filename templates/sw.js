@@ -10,16 +10,26 @@ function inside(url) {
 	return target.origin === location.origin ? target.href : location.origin + "/";
 }
 
-async function show(event) {
-	let message = {};
+let last = Promise.resolve();
+
+function inTurn(event, act) {
+	// Chromium forgets a notification when their list is read in the very moment it is shown.
+	last = last.then(act).catch(() => {});
+	event.waitUntil(last);
+}
+
+function pushed({ data }) {
 	try {
-		message = event.data.json();
+		return data.json();
 	} catch {
-		// A push must show something, even one that nobody can read.
+		return {}; // a push must show something, even one that nobody can read
 	}
+}
+
+async function show(message) {
 	await registration.showNotification(message.title ?? "Bellhop", {
 		tag: message.tag ?? message.id,
-		renotify: Boolean(message.tag ?? message.id),
+		renotify: Boolean(message.tag), // a page's own alert has none: it is silent after the push of the same thing
 		requireInteraction: message.severity === "critical",
 		data: { id: message.id, url: inside(message.url) },
 	});
@@ -42,8 +52,8 @@ async function open(url) {
 	return page ? page.focus() : clients.openWindow(url);
 }
 
-addEventListener("push", (event) => event.waitUntil(show(event)));
-addEventListener("message", (event) => event.waitUntil(closeRead()));
+addEventListener("push", (event) => inTurn(event, () => show(pushed(event))));
+addEventListener("message", (event) => inTurn(event, () => (event.data === "check" ? closeRead() : show(event.data))));
 addEventListener("notificationclick", (event) => {
 	event.notification.close();
 	event.waitUntil(open(inside(event.notification.data?.url)));
