@@ -1142,6 +1142,7 @@ def test_the_admin_page_draws_the_queue_and_names_the_paused_provider(
 ) -> None:
     fail_a_delivery(post, api, sql)
     sql(BUSY_HOUR)
+    sql(THEIR_DELIVERIES)
     sql("INSERT INTO breakers (provider, faults, paused_until) VALUES ('mail', 10, now() + interval '1 minute')"
         " ON CONFLICT (provider) DO UPDATE SET faults = 10, paused_until = excluded.paused_until")  # fmt: skip
     page = device(admin=True).open_live("/admin")
@@ -1277,6 +1278,11 @@ BUSY_HOUR = """
             'finished_at', now() - make_interval(mins => m)))).*
     FROM outbox o, generate_series(0, 59) m,
          generate_series(0, (12 + 9 * sin(m / 6.0) + mod(m * 7, 5))::int) k"""
+THEIR_DELIVERIES = """
+    INSERT INTO deliveries
+    SELECT (jsonb_populate_record(d, jsonb_build_object('id', gen_random_uuid(), 'target', o.id, 'status', 'sent',
+            'sent_at', o.finished_at, 'message_id', o.id))).*
+    FROM deliveries d, outbox o WHERE o.state = 'sent'"""
 
 
 def test_pictures(
@@ -1285,6 +1291,7 @@ def test_pictures(
     folder = Path(os.environ.get("PICTURES") or tmp_path)
     fail_a_delivery(post, api, sql)
     sql(BUSY_HOUR)
+    sql(THEIR_DELIVERIES)
     sql("UPDATE notifications SET archived_at = now()")
     api.patch("/api/users/alice/preferences", json={"email_enabled": False})
     sent = fill_inbox(post)
