@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, eventually
+from conftest import Running, eventually, took
 from peers import HANG, Hookbox, Mailbox, Pushbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -49,6 +49,7 @@ def test_500_mails_survive_a_server_that_is_down_and_nothing_else_is_slowed(
     sql: Sql,
     drain: Any,
 ) -> None:
+    before = took(post, 20)
     mailbox.down()
     burst(500)
     delay = eventually(lambda: [seconds for (seconds,) in sql(PAUSED, "email") if seconds])
@@ -58,9 +59,9 @@ def test_500_mails_survive_a_server_that_is_down_and_nothing_else_is_slowed(
     assert sum(states(sql).values()) == 500 and set(states(sql)) <= {"open", "pending"}
 
     api.post("/api/webhooks", json={"url": hookbox.url})
-    started = time.monotonic()
-    ids = [post(severity="warning", user_id="bob")["id"] for _ in range(20)]
-    assert (time.monotonic() - started) / 20 < 0.2, "in-app is as fast as ever"
+    ids: list[str] = []
+    during = took(lambda: ids.append(post(severity="warning", user_id="bob")["id"]), 20)
+    assert during < 4 * before, "in-app is as fast as ever"
     hookbox.wait(20)
     assert {hit.json["data"]["id"] for hit in hookbox.requests} == set(ids)
     [[told]] = [[b for b in api.get("/api/stats").json()["breakers"] if b["provider"] == "email"]]
