@@ -217,6 +217,17 @@ def test_a_payload_that_breaks_us_is_kept_and_holds_nobody_up(
 # ─── Through HTTP ───
 
 
+def test_a_repeated_deliver_at_with_a_key_is_kept_once(api: httpx.Client, sql: Sql) -> None:
+    body, due_at = BODY | {"idempotency_key": "rent 2027-01"}, later(hours=1)
+    first = api.post("/api/notifications", json=body | {"deliver_at": due_at}).json()["scheduled"]
+    again = api.post("/api/notifications", json=body | {"deliver_at": later(hours=2)})
+    assert again.status_code == 202 and again.json()["scheduled"] == first
+    other = api.post("/api/notifications", json=body | {"deliver_at": due_at, "user_id": "bob"}).json()
+    assert other["scheduled"]["id"] != first["id"]
+    assert api.delete(f"/api/scheduled/{first['id']}").status_code == 204
+    assert sql("SELECT payload ->> 'user_id' FROM intake") == [("bob",)]
+
+
 def test_a_post_with_deliver_at_is_202_and_stored_when_due(
     api: httpx.Client, alice: httpx.Client, sql: Sql, drain: Callable[[], None]
 ) -> None:
