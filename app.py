@@ -90,9 +90,20 @@ log = logging.getLogger("bellhop")
 # ═══ 1 · Settings ═════════════════════════════════════════════════════════════════════════════
 # Everything comes from the environment, is checked once at the start and never changes afterwards.
 
+HINTS: dict[str, str] = {}  # what a pattern means, for those who did not meet it
+
+
+def look(pattern: str, hint: str, longest: int | None = None) -> Meta:
+    """How a whole text must look, and the words for it."""
+    whole = rf"^{pattern}$(?!\n)"
+    HINTS[repr(whole)] = hint
+    return Meta(pattern=whole, max_length=longest)
+
+
 Count = Annotated[int, Meta(ge=0, le=10**6)]  # SQL must hold it, as days before today too
 Seconds = Annotated[float, Meta(gt=0, le=10**9)]
-MAIL_FROM = r"^([^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>)\Z"
+MAIL_FROM = look(r"([^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>)", "an address is expected")
+VAPID_KEY = look(r"\s*(-----BEGIN[^\0]*|[\w-]{43}=?\s*)", "must be a PEM private key or 32 base64url bytes")
 LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|(0*:)+0*1")
 LISTS = ("BELLHOP_ADMINS", "BELLHOP_CORS_ORIGINS", "BELLHOP_PROXY_ADDRESSES", "BELLHOP_OUTBOUND_ALLOW")
 
@@ -112,11 +123,11 @@ class Settings(Struct, frozen=True, kw_only=True, rename=variable):
     home: str = "/var/lib/bellhop" if os.geteuid() == 0 else "~/.local/share/bellhop"
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    base_url: Annotated[str, Meta(pattern=r"^(https?://[^/?#\s]+[^?#\s]*)?\Z")] = ""
+    base_url: Annotated[str, look(r"(https?://[^/?#\s]+[^?#\s]*)?", "http(s)://host is expected")] = ""
     secret: str = ""
     demo: bool = False
     admins: list[str] = []
-    cors_origins: list[Annotated[str, Meta(pattern=r"^https?://[^/?#*\s]+\Z")]] = []
+    cors_origins: list[Annotated[str, look(r"https?://[^/?#*\s]+", "http(s)://host is expected")]] = []
     jwt_public_key: str = ""
     jwt_audience: str = ""
     proxy_user_header: str = ""
@@ -131,10 +142,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=variable):
     push_per_minute: Count = 20
     webhook_per_minute: Count = 60
     channel_timeout_seconds: Seconds = 25
-    smtp_url: Annotated[str, Meta(pattern=r"^smtps?://\S+\Z")] = ""
-    mail_from: Annotated[str, Meta(pattern=MAIL_FROM)] = ""
-    vapid_subject: Annotated[str, Meta(pattern=r"^(mailto:|https://)\S+\Z")] = ""
-    vapid_private_key: Annotated[str, Meta(pattern=r"^\s*(-----BEGIN[^\0]*|[\w-]{43}=?\s*)\Z")] = ""
+    smtp_url: Annotated[str, look(r"smtps?://\S+", "smtp://host:587 or smtps://host:465 is expected")] = ""
+    mail_from: Annotated[str, MAIL_FROM] = ""
+    vapid_subject: Annotated[str, look(r"(mailto:|https://)\S+", "mailto: or https:// is expected")] = ""
+    vapid_private_key: Annotated[str, VAPID_KEY] = ""
     outbound_allow: list[Container[Any]] = []  # networks
     retention_days: Count = 90
     pool_size: Annotated[int, Meta(ge=2, le=10**6)] = 10
@@ -160,10 +171,9 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
                 nearest = difflib.get_close_matches(given, names, n=1, cutoff=0)[0]
                 raise StartError(f"{given} is not a setting, did you mean {nearest}?")
         s = msgspec.convert(values, Settings, strict=False, dec_hook=lambda _, net: ipaddress.ip_network(net))
-    except msgspec.ValidationError as error:
-        raise StartError(" is wrong: ".join(explain(error))) from None
-    except (OSError, ValueError) as error:
-        raise StartError(f"{given} is wrong: {error}") from None
+    except (msgspec.ValidationError, OSError, ValueError) as error:
+        words, name = explain(error)
+        raise StartError(f"{name or given} is wrong: {words}") from None
     check_settings(s)
     base_url = (s.base_url or f"http://{url_host(s.host)}:{s.port}").rstrip("/")
     subject = s.vapid_subject or (s.mail_from and f"mailto:{parseaddr(s.mail_from)[1]}")
@@ -239,34 +249,20 @@ EventNames = Annotated[list[EventName], Meta(min_length=1, max_length=100)]
 Key = Annotated[str, Meta(min_length=1, max_length=255)]
 Severity = Literal["info", "success", "warning", "critical"]
 Channel = Literal["email", "push", "webhook"]
-Status = Literal["queued", "sent", "failed", "suppressed", "cancelled"]
 Limit = Annotated[int, Meta(ge=1, le=100)]
-HttpUrl = Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+(?:[/?][^\s\\]*)?$(?!\n)")]
+HttpUrl = Annotated[str, look(r"https?://[^\s/?#@\\]+(?:[/?][^\s\\]*)?", "must be https://host…", 2000)]
+PushUrl = Annotated[str, look(r"https?://[^\s/?#@\\]+/[^\s\\]*", "must be https://host/…", 2000)]
 # No user info, no backslash, no white space or control character; a path has one leading slash.
 WEB_URL = r"[hH][tT][tT][pP][sS]?://(?:[^\s\x00-\x20\x7f/\\?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?"
-TARGET = rf"^(?:{WEB_URL}(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)$(?!\n)"
-TargetUrl = Annotated[str, Meta(max_length=2000, pattern=TARGET)]
+TARGET = rf"(?:{WEB_URL}(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)"
+TargetUrl = Annotated[str, look(TARGET, "must be http(s)://host… or a path that starts with one /", 2000)]
 MAIL_ADDRESS = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}"  # what every server takes
-EmailAddress = Annotated[str, Meta(max_length=254, pattern=rf"^{MAIL_ADDRESS}$(?!\n)")]
-Clock = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$(?!\n)")]
-Locale = Annotated[str, Meta(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*$(?!\n)", max_length=35)]
-TimeZone = Annotated[str, Meta(pattern=r"^[A-Za-z][A-Za-z0-9_+\-/]*$(?!\n)", max_length=64)]
+EmailAddress = Annotated[str, look(MAIL_ADDRESS, "must be an e-mail address", 254)]
+Clock = Annotated[str, look(r"([01]\d|2[0-3]):[0-5]\d", "must be a time such as 22:00")]
+LOCALE = r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*"
+Locale = Annotated[str, look(LOCALE, "must be a language such as en or pt-BR", 35)]
+TimeZone = Annotated[str, look(r"[A-Za-z][A-Za-z0-9_+\-/]*", "must be a time zone such as Europe/Berlin", 64)]
 HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")
-WANTED = {  # what a pattern means, by the field it guards
-    "BELLHOP_BASE_URL": "http(s)://host is expected",
-    "email": "must be an e-mail address",
-    "locale": "must be a language such as en or pt-BR",
-    "BELLHOP_MAIL_FROM": "an address is expected",
-    "quiet_from": "must be a time such as 22:00",
-    "quiet_to": "must be a time such as 07:00",
-    "BELLHOP_SMTP_URL": "smtp://host:587 or smtps://host:465 is expected",
-    "url": "must be https://host…",
-    "endpoint": "must be https://host/…",
-    "target_url": "must be http(s)://host… or a path that starts with one /",
-    "timezone": "must be a time zone such as Europe/Berlin",
-    "BELLHOP_VAPID_PRIVATE_KEY": "a PEM private key or 32 bytes in base64url is expected",
-    "BELLHOP_VAPID_SUBJECT": "mailto: or https:// is expected",
-}
 
 
 class FieldError(ValueError):
@@ -315,11 +311,6 @@ class MarkRead(Body):
     all: bool | None = None
     before: UUID | None = None
 
-    def __post_init__(self) -> None:
-        one = self.notification_id is not None and self.all is None and self.before is None
-        if not one and (self.all is not True or self.notification_id is not None):
-            raise FieldError("all", 'Expected either {"notification_id": id} or {"all": true, "before": id?}')
-
 
 class InboxWanted(Struct):
     """What GET /api/notifications may be asked for."""
@@ -332,9 +323,9 @@ class InboxWanted(Struct):
 
 
 class DeliveriesWanted(Struct):
-    status: Status | None = None
+    status: Literal["queued", "sent", "failed", "suppressed", "cancelled"] | None = None
     channel: Channel | None = None
-    user_id: str | None = None
+    about: str | None = msgspec.field(default=None, name="user_id")  # user_id is whoever asks
     limit: Limit = 30
     cursor: UUID | None = None
 
@@ -377,15 +368,14 @@ class PushKeys(Struct):
     auth: Annotated[str, Meta(max_length=100)]
 
     def __post_init__(self) -> None:
-        with contextlib.suppress(ValueError):
-            ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), base64url_decode(self.p256dh))
-            if len(base64url_decode(self.auth)) == 16:
-                return
-        raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url")
+        try:
+            seal_push(b"", base64url_decode(self.p256dh), base64url_decode(self.auth))
+        except ValueError:
+            raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url") from None
 
 
 class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
-    endpoint: Annotated[str, Meta(max_length=2000, pattern=r"^https?://[^\s/?#@\\]+/[^\s\\]*$(?!\n)")]
+    endpoint: PushUrl
     keys: PushKeys
 
 
@@ -628,83 +618,52 @@ async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
 # ═══ 4 · Errors ═══════════════════════════════════════════════════════════════════════════════
 # One shape for every failure (RFC 9457), one table of codes, one function from exception to answer.
 
-PROBLEMS = {  # code: status, title
-    "bad_request": (400, "The request is not understood"),  # a status alone means its first code
-    "invalid": (400, "The request has a wrong value"),
-    "not_json": (400, "The body is not acceptable JSON"),
-    "unauthorized": (401, "Proof of who you are is missing or wrong"),
-    "forbidden": (403, "You may not do this"),
-    "cross_site": (403, "The request came from another site"),
-    "not_found": (404, "There is no such thing"),
-    "method_not_allowed": (405, "The method is not allowed here"),
-    "conflict": (409, "The state of the thing does not allow this"),
-    "too_large": (413, "The body is too large"),
-    "unsupported_media_type": (415, "The body must be application/json"),
-    "internal": (500, "Something went wrong here"),
-    "unready": (503, "A part of the service does not work"),
-    "database_away": (503, "The database does not answer"),
-}
-BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}
-BY_CONSTRAINT = {  # constraint or SQLSTATE: the field it speaks of
-    "preferences_events_size": ("events", "Expected fewer events"),
-    "preferences_timezone_known": ("timezone", WANTED["timezone"]),
-    "preferences_user_id_size": ("user_id", "Expected at most 200 characters"),
-    "22023": ("timezone", WANTED["timezone"]),
-}
+PROBLEMS, BY_CONSTRAINT = msgspec.json.decode(  # by code, status and title; by constraint, words and field
+    (HERE / "templates/problems.json").read_bytes(),
+    type=tuple[dict[str, tuple[int, str]], dict[str, tuple[str, str]]],
+)
+BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}  # the first of each
+HEADERS_BESIDE = {"unauthorized": {"WWW-Authenticate": "Bearer"}, "database_away": {"Retry-After": "2"}}
 
 
 class Problem(Exception):
     """A failure with its answer."""
 
-    def __init__(self, code: str, detail: str = "", field: str = "", retry_after: int = 0) -> None:
+    def __init__(self, code: str, words: str = "", field: str = "") -> None:
         super().__init__(code)
-        self.code, self.detail, self.field = code, detail, field
-        self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        self.code, self.field = code, field
+        self.detail = f"{field}: {words}" if field else words
 
 
-def explain(error: msgspec.ValidationError) -> tuple[str, str]:
-    """The field at fault, written like notifications[3].title, and what was wanted of it."""
+def explain(error: Exception) -> tuple[str, str]:
+    """What was wanted, and of which field, written like notifications[3].title."""
     words, _, path = str(error).partition(" - at `")
-    path = path.rpartition("$")[2].rstrip("`").lstrip(".")
+    words, _, pattern = words.partition(" matching regex ")
     named = re.match(r"Object (?:missing required|contains unknown) field `(.*)`$", words)
-    inner = error.__cause__.field if isinstance(error.__cause__, FieldError) else named[1] if named else ""
-    field = ".".join(part for part in (path.removesuffix("[...]"), inner) if part)
-    hint = WANTED.get(field.rpartition(".")[2])
-    return field, hint if hint and "matching regex" in words else words.partition(" matching regex ")[0]
+    inner = getattr(error.__cause__ or error, "field", named[1] if named else "")
+    outer = path.rpartition("$")[2].rstrip("`").lstrip(".").removesuffix("[...]")
+    return HINTS.get(pattern, words), ".".join(part for part in (outer, inner) if part)
 
 
 def as_problem(error: Exception) -> Problem:
-    """Any exception as the failure the caller is told about; text of others is never repeated."""
+    """Any exception as the failure the caller is told about; text of others is never repeated. What
+    PostgreSQL refused is known by its constraint or SQLSTATE, whose class is the class of the exception."""
     match error:
         case Problem():
             return error
-        case msgspec.ValidationError():
-            field, words = explain(error)
-            return Problem("invalid", f"{field or 'The body'}: {words}", field)
-        case FieldError():
-            return Problem("invalid", f"{error.field}: {error}", error.field)
+        case msgspec.ValidationError() | FieldError():
+            words, field = explain(error)
+            return Problem("invalid", words if field else f"The body: {words}", field)
         case msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():
             return Problem("not_json")
         case HTTPException():
-            problem = Problem(BY_STATUS.get(error.status_code, "bad_request"))
-            problem.headers |= error.headers or {}
-            return problem
-        case TimeoutError():
-            return Problem("database_away", retry_after=2)
-        case psycopg.Error():
-            return database_problem(error)
-    return Problem("internal")
-
-
-def database_problem(error: psycopg.Error) -> Problem:
-    """What PostgreSQL refused, by constraint and SQLSTATE, never by its text."""
-    state = error.sqlstate or ""
-    if known := BY_CONSTRAINT.get(error.diag.constraint_name or state):
-        return Problem("invalid", f"{known[0]}: {known[1]}", known[0])
-    if state.startswith("22") or isinstance(error, psycopg.DataError):
-        return Problem("invalid", "A value is out of range or holds a character that cannot be stored")
-    if state[:2] in ("08", "40", "53", "55", "57") or isinstance(error, psycopg.OperationalError):
-        return Problem("database_away", retry_after=2)
+            return Problem(BY_STATUS.get(error.status_code, "bad_request"))
+        case TimeoutError() | psycopg.OperationalError():
+            return Problem("database_away")
+        case psycopg.Error(diag=why) if known := BY_CONSTRAINT.get(why.constraint_name or why.sqlstate or ""):
+            return Problem("invalid", *known)
+        case psycopg.DataError():
+            return Problem("invalid", "A value is out of range or holds a character that cannot be stored")
     return Problem("internal")
 
 
@@ -720,8 +679,8 @@ def answer_error(ask: Ask, error: Exception) -> Reply:
     told = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": problem.code}
     if problem.field:
         told["errors"] = [{"field": problem.field, "message": detail}]
-    headers = PRIVATE | problem.headers | ({"WWW-Authenticate": "Bearer"} if status == 401 else {})
-    return Reply(told, status, headers, "application/problem+json")
+    beside = error.headers if isinstance(error, HTTPException) else HEADERS_BESIDE.get(problem.code)
+    return Reply(told, status, PRIVATE | (beside or {}), "application/problem+json")
 
 
 def describe(error: BaseException) -> str:
@@ -746,7 +705,6 @@ class Caller(Struct, frozen=True):
     kind: Literal["key", "user", "demo", "nobody"]
     user_id: str = ""
     admin: bool = False
-    by_cookie: bool = False
 
 
 class Gatekeeper:
@@ -766,25 +724,25 @@ class Gatekeeper:
         self.known: dict[str, tuple[float, Caller]] = {}
 
     async def identify(self, ask: Ask) -> Caller:
-        """The caller of a request, or 401."""
+        """The caller of a request, or 401; 403 when a browser proves it at another site's wish."""
         headers, settings = ask.headers, self.settings
         if authorization := headers.get("authorization"):
             kind, _, proof = authorization.partition(" ")
             if kind.lower() != "bearer":
                 raise Problem("unauthorized")
             return await self.by_proof(proof)
-        if settings.demo and (name := headers.get("x-demo-user-id")):
-            user = user_name(name.encode("latin-1"))
-            return Caller("demo", user, admin=user in settings.admins)
-        name = headers.get(settings.proxy_user_header.lower())
-        if name and self.is_proxy(ask.scope.get("client")):
+        demo = settings.demo and headers.get("x-demo-user-id")
+        proxy = self.is_proxy(ask.scope.get("client")) and headers.get(settings.proxy_user_header.lower())
+        if proxy and not demo:
             refuse_other_sites(ask, strict=False)
+        if name := demo or proxy:
             user = user_name(name.encode("latin-1"))
-            return Caller("user", user, admin=user in settings.admins)
+            return Caller("demo" if demo else "user", user, admin=user in settings.admins)
         _, user, claims = self.read_token(ask.cookies.get(COOKIE, ""), "session")
+        refuse_other_sites(ask, strict=True)
         trust = claims.get("trust")
         admin = trust == "admin" or (trust in ("link", "provider") and user in settings.admins)
-        return Caller("user", user, admin, by_cookie=True)
+        return Caller("user", user, admin)
 
     async def by_proof(self, proof: str) -> Caller:
         """The caller behind a key or a token; one look a second is enough for a busy one."""
@@ -867,11 +825,9 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
 
 async def admit(ask: Ask, by: str) -> None:
     """Settle who asks, and whether this caller may."""
-    ask.user = caller = await ask.bell.gate.identify(ask)
-    if caller.by_cookie:
-        refuse_other_sites(ask, strict=True)
+    ask.user = await ask.bell.gate.identify(ask)
     allowed, words = ADMITTED[by]
-    if not allowed(caller):
+    if not allowed(ask.user):
         raise Problem("forbidden", words)
 
 
@@ -1776,9 +1732,12 @@ async def list_notifications(ask: Ask, wanted: InboxWanted) -> Reply:
 
 async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
     """Mark one notification read, or all up to and including `before`."""
-    if wanted.notification_id is None:
-        return await ask.mine.one("update_all_notifications", before=wanted.before)
-    return await ask.mine.one("update_notification", id=wanted.notification_id, read=True, archived=None)
+    match wanted:
+        case MarkRead(UUID() as id, None, None):
+            return await ask.mine.one("update_notification", id=id, read=True, archived=None)
+        case MarkRead(None, True, before):
+            return await ask.mine.one("update_all_notifications", before=before)
+    raise FieldError("all", 'Expected either {"notification_id": id} or {"all": true, "before": id?}')
 
 
 async def stream_inbox(ask: Ask) -> ASGIApp:
@@ -1796,14 +1755,6 @@ async def create_push_subscription(ask: Ask, wanted: PushSubscription) -> Reply:
     check_scheme(ask.bell.settings, "endpoint", wanted.endpoint)
     row = await ask.mine.one("create_push_subscription", patch=encode(wanted))
     return Reply({"id": row["id"]}, 201 if row["added"] else 200)
-
-
-async def resolve(ask: Ask, wanted: Subject) -> Any:
-    """Settle a subject for every user: read, archived, and out of every message not yet sent."""
-    users = await ask.bell.db.many("update_resolved_notifications", str, subject_key=wanted.subject_key)
-    for user in set(users):
-        ask.bell.changed(user)
-    return {"resolved": len(users)}
 
 
 async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
@@ -1833,38 +1784,12 @@ async def delete_key(ask: Ask) -> None:
     ask.bell.gate.known.clear()
 
 
-async def list_deliveries(ask: Ask, wanted: DeliveriesWanted) -> Any:
-    """What became of notifications, of all users, newest first."""
-    filters = msgspec.structs.asdict(wanted)
-    return await ask.mine.one("list_deliveries", about=filters.pop("user_id"), **filters)
-
-
 async def retry_delivery(ask: Ask) -> Any:
     """Put a failed delivery back in the queue, with what left beside it; 409 unless failed."""
     if (await ask.mine.one("retry_delivery", **ask.path))["status"] != "failed":
         raise Problem("conflict", "Only a failed delivery can be tried again")
     ask.bell.worker.wake.set()
     return ask.path
-
-
-async def create_webhook(ask: Ask, wanted: WebhookCreate) -> Any:
-    """A new endpoint; its signing secret is told this once."""
-    check_scheme(ask.bell.settings, "url", wanted.url)
-    secret, sealed = new_webhook_secret(ask.bell.settings.secret)
-    fields = msgspec.structs.asdict(wanted)
-    return await ask.mine.one("create_webhook", secret=sealed, **fields) | {"secret": secret}
-
-
-async def update_webhook(ask: Ask, wanted: Any) -> Any:
-    """Change an endpoint, or switch it off or on again."""
-    check_scheme(ask.bell.settings, "url", wanted.url)
-    return await ask.mine.one("update_webhook", patch=encode(wanted), **ask.path)
-
-
-async def rotate_webhook(ask: Ask) -> Any:
-    """A new signing secret; the old one still signs for 24 hours."""
-    secret, sealed = new_webhook_secret(ask.bell.settings.secret)
-    return await ask.mine.one("update_webhook_secret", secret=sealed, **ask.path) | {"secret": secret}
 
 
 async def ping_webhook(ask: Ask) -> Outcome:
@@ -1889,14 +1814,22 @@ class Route(NamedTuple):
 
 
 def sql(name: str, only: str = "") -> Action:
-    """The action that is one statement: caller, path and body are its parameters, its row is the answer."""
+    """The action that is one statement: caller, path and body are its parameters, its row is the answer.
+    A `secret` it asks for is a webhook's, made here and told this once; `changed` are users to be told."""
+    parameters = QUERIES[name].parameters
 
     async def run(ask: Ask, given: Struct | None = None) -> Any:
-        fields = msgspec.structs.asdict(given) if given else {}
-        if "patch" in QUERIES[name].parameters:
+        settings, told = ask.bell.settings, dict[str, str]()
+        fields: dict[str, Any] = msgspec.structs.asdict(given) if given else {}
+        check_scheme(settings, "url", fields.get("url", UNSET))
+        if "patch" in parameters:
             fields = {"patch": encode(given)}
+        if "secret" in parameters:
+            told["secret"], fields["secret"] = new_webhook_secret(settings.secret)
         row = await ask.mine.one(name, **ask.path, **fields)
-        return {only: row[only]} if only else row
+        for user in row.pop("changed", ()):
+            ask.bell.changed(user)
+        return {only: row[only]} if only else row | told
 
     run.__doc__ = QUERIES[name].about
     return run
@@ -2335,7 +2268,7 @@ async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 INBOX, ONE, WEBHOOK = "/api/notifications", "/api/notifications/{id:uuid}", "/api/webhooks/{id:uuid}"
-USER = "/api/users/{user_id:str}"
+USER, CHOICES = "/api/users/{user_id:str}", "/api/users/{user_id:str}/preferences"
 ADMIN_ROWS = ("get_stats", "list_deliveries", "list_api_keys", "list_webhooks")
 ROUTES = [
     Route("GET", INBOX, "user", list_notifications, InboxWanted),
@@ -2355,17 +2288,15 @@ ROUTES = [
     Route("GET", "/api/push/key", "user", get_push_key),
     Route("POST", "/api/push/subscriptions", "user", create_push_subscription, PushSubscription, 201),
     Route("DELETE", "/api/push/subscriptions", "user", sql("delete_push_subscription"), Endpoint, 204),
-    Route("POST", "/api/resolve", "program", resolve, Subject),
+    Route("POST", "/api/resolve", "program", sql("update_resolved_notifications"), Subject),
     Route("DELETE", "/api/scheduled/{id:uuid}", "program", sql("delete_scheduled"), None, 204),
     Route("GET", USER, "program", sql("get_preferences")),
     Route("PUT", USER, "program", sql("update_preferences"), ContactPatch),
     Route("DELETE", USER, "program", sql("delete_user"), None, 204),
-    Route(
-        "PATCH", f"{USER}/preferences", "program", sql("update_preferences", "preferences"), PreferencesPatch
-    ),
+    Route("PATCH", CHOICES, "program", sql("update_preferences", "preferences"), PreferencesPatch),
     Route("GET", f"{USER}/export", "program", sql("get_export")),
     Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest, 201),
-    Route("GET", "/api/deliveries", "admin", list_deliveries, DeliveriesWanted),
+    Route("GET", "/api/deliveries", "admin", sql("list_deliveries"), DeliveriesWanted),
     Route("POST", "/api/deliveries/retry", "admin", sql("retry_deliveries"), RetryRequest),
     Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", retry_delivery),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
@@ -2373,10 +2304,10 @@ ROUTES = [
     Route("POST", "/api/keys", "admin", create_key, KeyCreate, 201),
     Route("DELETE", "/api/keys/{id:uuid}", "admin", delete_key, None, 204),
     Route("GET", "/api/webhooks", "admin", sql("list_webhooks")),
-    Route("POST", "/api/webhooks", "admin", create_webhook, WebhookCreate, 201),
-    Route("PATCH", WEBHOOK, "admin", update_webhook, WebhookPatch),
+    Route("POST", "/api/webhooks", "admin", sql("create_webhook"), WebhookCreate, 201),
+    Route("PATCH", WEBHOOK, "admin", sql("update_webhook"), WebhookPatch),
     Route("DELETE", WEBHOOK, "admin", sql("delete_webhook"), None, 204),
-    Route("POST", f"{WEBHOOK}/rotate", "admin", rotate_webhook),
+    Route("POST", f"{WEBHOOK}/rotate", "admin", sql("update_webhook_secret")),
     Route("POST", f"{WEBHOOK}/test", "admin", ping_webhook),
     Route("GET", "/health/live", "", get_liveness),
     Route("GET", "/health/ready", "", get_readiness),

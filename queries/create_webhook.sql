@@ -1,4 +1,4 @@
--- Adds an endpoint.
+-- Adds an endpoint; its signing secret is told this once.
 INSERT INTO webhook_endpoints AS w (url, host, events, min_severity, user_id, secret)
 VALUES (%(url)s::text, lower(substring(%(url)s::text FROM '^[^/]*//([^/?#]+)')), %(events)s::text[],
         %(min_severity)s::text, %(user_id)s::text, %(secret)s::bytea)

@@ -1,5 +1,5 @@
--- The subject is settled, for every user: its notifications become read and archived and leave
--- every message that has not been claimed. One row a notification.
+-- Settles a subject, for every user: its notifications become read and archived and leave every message
+-- that has not been claimed. Names the users whose inboxes changed.
 WITH settled AS (
     UPDATE notifications
     SET read_at = coalesce(read_at, now()), archived_at = now(), updated_at = now()
@@ -23,4 +23,4 @@ dropped AS (
     FROM settled s JOIN waiting w ON w.user_id = s.user_id
     WHERE d.user_id = s.user_id AND d.notification_id = s.id AND d.status = 'queued' AND d.message_id = w.id
 )
-SELECT user_id FROM settled
+SELECT count(*) AS resolved, coalesce(array_agg(DISTINCT user_id), '{}') AS changed FROM settled

@@ -23,7 +23,7 @@ Faults = list[str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # The aim for the file is 1,500 lines; until it is reached, this bound may only be lowered.
-FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, LINE_COLUMNS = 2681, 40, 8, 110
+FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, LINE_COLUMNS = 2612, 40, 8, 110
 DB_VERBS = ("one", "maybe", "many", "run")
 VERBS = "create|get|list|count|update|delete|claim|finish|retry|release|prune|record"
 ENTRIES = {
@@ -169,8 +169,9 @@ def path_parameters(path: ast.expr) -> set[str]:
 def body_parameters(query: str, rest: list[ast.expr]) -> set[str]:
     """The fields of a row's body, or the whole of it where a statement merges it."""
     body = getattr(app, ast.unparse(rest[0]), None) if rest else None
-    merged = "patch" in parameters_of(QUERIES.get(query, ""))
-    return {"patch"} if body and merged else set(getattr(body, "__struct_fields__", ()))
+    wanted = parameters_of(QUERIES.get(query, ""))
+    fields = {"patch"} if body and "patch" in wanted else set(getattr(body, "__struct_fields__", ()))
+    return fields | wanted & {"secret"}  # which is made for it
 
 
 def wrong_parameters(source: str) -> Faults:
