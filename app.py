@@ -1424,7 +1424,8 @@ class Worker:
     async def take_in(self, id: UUID, payload: Raw) -> None:
         """Move one row of intake to where it belongs, or say in it what is wrong."""
         try:
-            asked = decode_body(bytes(payload), NotificationCreate)
+            compact = msgspec.json.format(bytes(payload), indent=-1)  # jsonb's spaces are not the caller's
+            asked = decode_body(compact, NotificationCreate)
             if asked.deliver_at is not None:
                 raise FieldError("deliver_at", "Expected in the column due_at")
             items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
@@ -1683,13 +1684,14 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     """Store a notification: 201, or 200 when its key was seen before. With user_ids one for each
     user; with deliver_at 202, and it is stored when due."""
     users, key = recipients(ask.user, asked), header_key(ask)
-    items = [make_item(user, asked, key) for user in users]
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise FieldError("deliver_at", "Expected a single user_id with it")
-        kept = {"payload": encode(items[0].asked), "due_at": asked.deliver_at}
+        # As it was asked: a key made of the resource may be longer than a body may give one.
+        own = {"user_id": users[0], "idempotency_key": asked.idempotency_key or key, "deliver_at": None}
+        kept = {"payload": encode(msgspec.structs.replace(asked, **own)), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
-    rows = await ask.bell.intake.ask(items)
+    rows = await ask.bell.intake.ask([make_item(user, asked, key) for user in users])
     if asked.user_ids is None:
         return Reply(rows[0].answer, 201 if rows[0].inserted else 200)
     by_user = {row.user_id: row for row in rows}
