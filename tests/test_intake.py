@@ -317,3 +317,11 @@ def test_it_is_part_of_what_is_held_about_a_user_and_erased_with_it(api: httpx.C
     assert "Invoice 42" in api.get("/api/users/alice/export").text
     assert api.delete("/api/users/alice").status_code == 204
     assert sql("SELECT 1 FROM intake") == []
+
+
+def test_it_is_held_about_its_user_in_either_spelling(api: httpx.Client, sql: Sql) -> None:
+    sql("INSERT INTO intake (payload, due_at) VALUES (%s::jsonb, now() + interval '1 hour')",
+        '{"userId": "alice", "eventName": "invoice.due", "title": "Invoice 42", "body": "Inside"}')  # fmt: skip
+    assert "Invoice 42" in api.get("/api/users/alice/export").text
+    assert api.delete("/api/users/alice").status_code == 204
+    assert sql("SELECT 1 FROM intake") == []
