@@ -431,6 +431,8 @@ def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = 
     key = asked.idempotency_key or header_key
     if key is None and asked.resource_id is not None:
         key = f"{user_id}:{asked.event_name}:{asked.resource_id}"
+        if len(key.encode()) > 1500:  # an index entry holds 2,700 bytes, the user's id among them
+            key = hashlib.sha256(key.encode()).hexdigest()
     own = {"user_id": user_id, "user_ids": None, "idempotency_key": key, "deliver_at": None}
     redacted = not asked.private and looks_secret(asked.summary or asked.title)
     return Item(new_id(), msgspec.structs.replace(asked, **own), redacted)
@@ -592,8 +594,8 @@ class Db:
 
 
 async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Times are answered in UTC, whatever the server's zone; no transaction is left open for long."""
-    settings = "SET timezone TO 'UTC'; SET application_name TO 'bellhop'"
+    """Times are told in UTC and text in UTF-8, whatever the server's; no transaction is left open long."""
+    settings = "SET timezone TO 'UTC'; SET client_encoding TO 'UTF8'; SET application_name TO 'bellhop'"
     # A claim takes 3 ms to plan and 1 ms to run, and its cost on paper would have it compiled each time.
     settings += "; SET plan_cache_mode TO force_generic_plan; SET jit TO off"
     await connection.execute(f"{settings}; SET idle_in_transaction_session_timeout TO '60s'", prepare=False)
@@ -1165,7 +1167,7 @@ class Outbound:
     def _told(self, message: Outgoing) -> dict[str, Any]:
         """What may leave: the reader's words, what each line says in them, and what stands for all lines."""
         words = WORDS[language(message.locale)]
-        texts = [one_line(line.text or "") or words["message.private"] for line in message.lines]
+        texts = [one_line(line.text or "")[:200] or words["message.private"] for line in message.lines]
         title = words["message.digest"].format(count=message.total) if message.total > 1 else "".join(texts)
         told = {"settings": self.settings, "base": self.base, "domain": self.domain, "message": message}
         return told | {"words": words, "texts": texts, "title": title}
@@ -1424,7 +1426,8 @@ class Worker:
     async def take_in(self, id: UUID, payload: Raw) -> None:
         """Move one row of intake to where it belongs, or say in it what is wrong."""
         try:
-            asked = decode_body(bytes(payload), NotificationCreate)
+            compact = msgspec.json.format(bytes(payload), indent=-1)  # jsonb's spaces are not the caller's
+            asked = decode_body(compact, NotificationCreate)
             if asked.deliver_at is not None:
                 raise FieldError("deliver_at", "Expected in the column due_at")
             items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
@@ -1687,7 +1690,10 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise FieldError("deliver_at", "Expected a single user_id with it")
-        kept = {"payload": encode(items[0].asked), "due_at": asked.deliver_at}
+        later = items[0].asked
+        if len(later.idempotency_key or "") > 255:  # made of the resource, and made again when due
+            later = msgspec.structs.replace(later, idempotency_key=None)
+        kept = {"payload": encode(later), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:

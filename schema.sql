@@ -24,6 +24,9 @@ DO $$ BEGIN
     IF current_setting('server_version_num')::int < 140000 THEN
         RAISE EXCEPTION 'PostgreSQL 14 or later is needed, not %', current_setting('server_version');
     END IF;
+    IF current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII') THEN
+        RAISE EXCEPTION 'a database in UTF8 is needed, not in %', current_setting('server_encoding');
+    END IF;
     IF to_regclass('schema_version') IS NOT NULL THEN
         IF (SELECT max(version) FROM schema_version) > 1 THEN
             RAISE EXCEPTION 'the database belongs to a newer release of Bellhop';
@@ -66,8 +69,8 @@ CREATE UNIQUE INDEX IF NOT EXISTS notifications_idempotency_key
 CREATE INDEX IF NOT EXISTS notifications_unread
     ON notifications (user_id, id) WHERE read_at IS NULL AND archived_at IS NULL;
     -- serves: get_unread_count, list_notifications?unread=1, update_all_notifications
-CREATE INDEX IF NOT EXISTS notifications_subject
-    ON notifications (subject_key) WHERE subject_key IS NOT NULL AND archived_at IS NULL;
+CREATE INDEX IF NOT EXISTS notifications_unsettled
+    ON notifications (subject_key) WHERE subject_key IS NOT NULL AND (read_at IS NULL OR archived_at IS NULL);
     -- serves: update_resolved_notifications
 
 CREATE TABLE IF NOT EXISTS notification_preferences (
@@ -246,7 +249,7 @@ CREATE TABLE IF NOT EXISTS intake (
 COMMENT ON TABLE intake IS 'INSERT INTO intake (payload, due_at) inside your own transaction';
 CREATE INDEX IF NOT EXISTS intake_due ON intake (due_at) WHERE error IS NULL;
     -- serves: list_due_intake
-CREATE INDEX IF NOT EXISTS intake_user ON intake ((payload ->> 'user_id'));
+CREATE INDEX IF NOT EXISTS intake_reader ON intake (coalesce(payload ->> 'user_id', payload ->> 'userId'));
     -- serves: delete_user, get_export
 
 -- What holds for a user without a row of choices; the same values as the columns' defaults.
@@ -289,5 +292,7 @@ WHERE p.quiet_from <> p.quiet_to AND quiet.begins <= now() AND now() < quiet.end
 -- Upgrades: dated statements that bring an older release's tables up to what is written above.
 -- 2026-11-21: a browser's endpoint is unique, by another index.
 DROP INDEX IF EXISTS push_subscriptions_endpoint;
+-- 2026-11-21: what is archived but not read can be settled too; a payload may name its user in camelCase.
+DROP INDEX IF EXISTS notifications_subject, intake_user;
 
 INSERT INTO schema_version (version) VALUES (1) ON CONFLICT (version) DO NOTHING;

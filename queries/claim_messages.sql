@@ -94,7 +94,7 @@ looked AS MATERIALIZED (
         FROM deliveries v
         CROSS JOIN LATERAL (
             SELECT n.id, n.event_name, n.severity, n.created_at,
-                   CASE WHEN NOT n.private THEN left(coalesce(nullif(n.summary, ''), n.title), 200) END AS text,
+                   CASE WHEN NOT n.private THEN coalesce(nullif(n.summary, ''), n.title) END AS text,
                    CASE WHEN n.read_at IS NOT NULL OR n.archived_at IS NOT NULL THEN 'already_read'
                         WHEN a.suppressed = 'unsubscribed' THEN 'unsubscribed'
                         WHEN NOT a.enabled THEN 'preference_off'

@@ -7,5 +7,6 @@ gone_browsers AS (DELETE FROM push_subscriptions WHERE user_id = %(user_id)s::te
 gone_webhooks AS (DELETE FROM webhook_endpoints WHERE user_id = %(user_id)s::text),
 gone_suppressions AS (DELETE FROM suppressions WHERE user_id = %(user_id)s::text),
 gone_limits AS (DELETE FROM rate_limits WHERE user_id = %(user_id)s::text),
-gone_intake AS (DELETE FROM intake WHERE payload ->> 'user_id' = %(user_id)s::text)
+gone_intake AS (DELETE FROM intake
+                WHERE coalesce(payload ->> 'user_id', payload ->> 'userId') = %(user_id)s::text)
 SELECT %(user_id)s::text AS user_id

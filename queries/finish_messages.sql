@@ -1,7 +1,7 @@
 -- Writes down what became of claimed messages, in one statement for many. Only the newest claim of a
 -- message may: a worker that lost its lease changes nothing. Returns what was written.
 WITH result AS MATERIALIZED (
-    SELECT r.user_id, r.id, r.claim_seq, r.email, r.verdict, left(r.error, 200) AS error, r.retry_after
+    SELECT r.user_id, r.id, r.claim_seq, r.email, r.verdict, r.error, r.retry_after
     FROM jsonb_to_recordset(%(results)s::jsonb) AS r (
         user_id text, id uuid, claim_seq int, email text, verdict text, error text, retry_after float8)
 ),

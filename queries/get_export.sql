@@ -9,9 +9,12 @@ SELECT %(user_id)s::text AS user_id,
      FROM outbox o WHERE o.user_id = %(user_id)s::text) AS messages,
     (SELECT coalesce(json_agg(s), '[]'::json)
      FROM push_subscriptions s WHERE s.user_id = %(user_id)s::text) AS push_subscriptions,
-    (SELECT coalesce(json_agg(json_build_object('id', w.id, 'url', w.url, 'events', w.events)), '[]'::json)
+    (SELECT coalesce(json_agg(to_jsonb(w) - 'secret' - 'old_secret'), '[]'::json)
      FROM webhook_endpoints w WHERE w.user_id = %(user_id)s::text) AS webhooks,
     (SELECT coalesce(json_agg(s), '[]'::json)
      FROM suppressions s WHERE s.user_id = %(user_id)s::text) AS suppressions,
+    (SELECT coalesce(json_agg(r), '[]'::json)
+     FROM rate_limits r WHERE r.user_id = %(user_id)s::text) AS rate_limits,
     (SELECT coalesce(json_agg(i), '[]'::json)
-     FROM intake i WHERE i.payload ->> 'user_id' = %(user_id)s::text) AS scheduled
+     FROM intake i
+     WHERE coalesce(i.payload ->> 'user_id', i.payload ->> 'userId') = %(user_id)s::text) AS scheduled

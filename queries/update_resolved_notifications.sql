@@ -2,8 +2,8 @@
 -- that has not been claimed. Names the users whose inboxes changed.
 WITH settled AS (
     UPDATE notifications
-    SET read_at = coalesce(read_at, now()), archived_at = now(), updated_at = now()
-    WHERE subject_key = %(subject_key)s::text AND archived_at IS NULL
+    SET read_at = coalesce(read_at, now()), archived_at = coalesce(archived_at, now()), updated_at = now()
+    WHERE subject_key = %(subject_key)s::text AND (read_at IS NULL OR archived_at IS NULL)
     RETURNING user_id, id
 ),
 -- Locked, so that none of them is claimed meanwhile.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -153,6 +154,19 @@ def test_the_key_is_the_fields_the_headers_or_the_resources(api: httpx.Client) -
     assert key_of(resource_id="7") == "alice:comment.created:7"
     assert key_of("header2", resource_id="7") == "header2"
     assert key_of(resourceId="8") == "alice:comment.created:8"
+
+
+def test_a_resource_has_a_key_however_long_the_names_are(api: httpx.Client) -> None:
+    """Every name at its limit, in characters of four bytes that no compression makes shorter."""
+    letters = random.Random(1)
+    user, event, resource, other = (
+        "".join(chr(letters.randrange(0x20000, 0x2A000)) for _ in range(size))
+        for size in (200, 120, 255, 255)
+    )
+    fields = NOTE | {"user_id": user, "event_name": event}
+    for named, status in ((resource, 201), (resource, 200), (other, 201)):
+        reply = api.post("/api/notifications", json=fields | {"resource_id": named})
+        assert reply.status_code == status, reply.text
 
 
 def test_the_same_key_is_another_notification_for_another_user(api: httpx.Client) -> None:

@@ -303,8 +303,25 @@ def test_a_bad_body_is_refused_at_once_not_when_due(api: httpx.Client, sql: Sql)
     assert sql("SELECT 1 FROM intake") == []
 
 
+def test_whatever_a_post_may_hold_is_stored_when_due(api: httpx.Client, alice: httpx.Client) -> None:
+    """The key made of a long resource, and data that PostgreSQL writes longer than the caller did."""
+    resource, data = "r" * 255, {"n": [1] * 8_000}
+    body = BODY | {"resource_id": resource, "data": data, "deliver_at": later(hours=-1)}
+    assert api.post("/api/notifications", json=body).status_code == 202
+    [stored] = eventually(lambda: inbox(alice))
+    assert (stored["idempotency_key"], stored["data"]) == (f"alice:invoice.due:{resource}", data)
+
+
 def test_it_is_part_of_what_is_held_about_a_user_and_erased_with_it(api: httpx.Client, sql: Sql) -> None:
     api.post("/api/notifications", json=BODY | {"deliver_at": later(hours=1)})
+    assert "Invoice 42" in api.get("/api/users/alice/export").text
+    assert api.delete("/api/users/alice").status_code == 204
+    assert sql("SELECT 1 FROM intake") == []
+
+
+def test_it_is_held_about_its_user_in_either_spelling(api: httpx.Client, sql: Sql) -> None:
+    sql("INSERT INTO intake (payload, due_at) VALUES (%s::jsonb, now() + interval '1 hour')",
+        '{"userId": "alice", "eventName": "invoice.due", "title": "Invoice 42", "body": "Inside"}')  # fmt: skip
     assert "Invoice 42" in api.get("/api/users/alice/export").text
     assert api.delete("/api/users/alice").status_code == 204
     assert sql("SELECT 1 FROM intake") == []

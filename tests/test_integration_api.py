@@ -104,10 +104,12 @@ def test_an_export_holds_everything_about_the_user_and_nobody_else(
 ) -> None:
     for user in ("alice", "bob"):
         fill(user, sender, service, client, sql)
+        sql("INSERT INTO rate_limits SELECT %s, 'email', gen_random_uuid(), now(), 3", user)
     reply = sender.get("/api/users/alice/export")
     assert reply.status_code == 200
     document = reply.json()
     assert len(document["notifications"]) == 3
+    assert [limit["used"] for limit in document["rate_limits"]] == [3]
     text = json.dumps(document)
     for part in ("alice@example.com", "https://p.example/alice", "unsubscribed", "Inside", "b2"):
         assert part in text, part
@@ -175,6 +177,18 @@ def test_resolving_a_subject_reads_and_archives_it_for_everyone(
     assert sender.post("/api/resolve", json={"subject_key": "invoice:%"}).json() == {"resolved": 0}
     problem(sender.post("/api/resolve", json={}), 400, "subject_key")
     problem(sender.post("/api/resolve", json={"subject_key": ""}), 400, "subject_key")
+
+
+def test_resolving_reads_what_was_archived_unread(
+    sender: httpx.Client, alice: httpx.Client, post: Post
+) -> None:
+    sent = post(subject_key="s")
+    path = f"/api/notifications/{sent['id']}"
+    archived = alice.patch(path, json={"archived": True}).json()["notification"]
+    assert sender.post("/api/resolve", json={"subject_key": "s"}).json() == {"resolved": 1}
+    after = alice.get(path).json()["notification"]
+    assert after["read_at"] and after["archived_at"] == archived["archived_at"]
+    assert sender.post("/api/resolve", json={"subject_key": "s"}).json() == {"resolved": 0}
 
 
 def test_resolving_keeps_the_moment_at_which_one_was_read(

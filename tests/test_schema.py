@@ -11,6 +11,7 @@ import httpx
 import psycopg
 import pytest
 from conftest import SECRET, Running, user_token
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import app
 
@@ -123,6 +124,27 @@ def test_a_newer_database_is_refused_and_left_alone(database: str, sql: Sql) -> 
     with pytest.raises(app.StartError, match="newer"):
         asyncio.run(start())
     assert sql(SHAPE) == before
+
+
+def test_a_database_that_cannot_hold_every_letter_is_refused(database: str, sql: Sql) -> None:
+    ((version,),) = sql("SELECT current_setting('server_version_num')::int")
+    locale = "LC_COLLATE 'C' LC_CTYPE 'C'" + " LOCALE_PROVIDER libc" * (version >= 150000)
+    sql(f"CREATE DATABASE narrow TEMPLATE template0 ENCODING 'LATIN1' {locale}")
+    try:
+        with pytest.raises(psycopg.errors.RaiseException, match="UTF8"):
+            apply(make_conninfo(database, dbname="narrow"))
+    finally:
+        sql("DROP DATABASE narrow")
+
+
+def test_text_is_utf8_whatever_the_database_would_speak(database: str, sql: Sql) -> None:
+    sql(f"ALTER DATABASE {conninfo_to_dict(database)['dbname']} SET client_encoding TO 'LATIN1'")
+
+    async def echo() -> Any:
+        async with await app.connect(database) as connection:
+            return await (await connection.execute("SELECT %s::text", ["שלום 👍"])).fetchone()
+
+    assert asyncio.run(echo()) == ("שלום 👍",)
 
 
 def test_what_users_chose_by_default_is_the_same_in_both_places(sql: Sql) -> None:
