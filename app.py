@@ -1474,8 +1474,8 @@ STREAM_HEADERS = {
 class Hub:
     """The open streams of this process by user; and hints to and from those that share its database."""
 
-    def __init__(self, conninfo: str, db: Db) -> None:
-        self.conninfo, self.db = conninfo, db
+    def __init__(self, bell: Service) -> None:
+        self.bell = bell
         self.streams: dict[str, list[InboxStream]] = {}
         self.closed = False
         self.alone = True  # on this database
@@ -1519,15 +1519,15 @@ class Hub:
         while await self.told.wait():
             self.told.clear()
             users, self.users = encode(sorted(self.users)), set()
-            await self.db.many("record_change", users=users if len(users) < 2000 else "[]")
+            await self.bell.db.many("record_change", users=users if len(users) < 2000 else "[]")
 
     async def listen_loop(self) -> None:
         """Pass on what others tell; a word from a newcomer is also when to count again."""
-        async with await connect(self.conninfo) as connection:
+        async with await connect(self.bell.settings.database_url) as connection:
             await connection.execute("SET application_name TO 'bellhop live'; LISTEN bellhop")
             await connection.execute("NOTIFY bellhop, '[]'")
             while True:
-                self.alone = await self.db.one("count_listeners", int) <= 1
+                self.alone = await self.bell.db.one("count_listeners", int) <= 1
                 async for word in connection.notifies(timeout=10, stop_after=1):
                     for user in msgspec.json.decode(word.payload) or list(self.streams):
                         self.publish(user)
@@ -1575,7 +1575,7 @@ class InboxStream:
                     await self.stale.wait()
             if self.stale.is_set():
                 self.stale.clear()
-                hint = await self.hub.db.one("get_hint", user_id=self.user_id)
+                hint = await self.hub.bell.db.one("get_hint", user_id=self.user_id)
                 frame = f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
             async with asyncio.timeout(STREAM_SEND_SECONDS):
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
@@ -1834,8 +1834,6 @@ POLICY = (
     " manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 PAGE_HEADERS = PRIVATE | {"Content-Security-Policy": POLICY, "Referrer-Policy": "same-origin"}
-
-
 FILES = {
     path.name: path.read_bytes() for path in sorted((HERE / "templates").iterdir()) if path.suffix in ASSETS
 }
@@ -1872,7 +1870,7 @@ def show_error(ask: Ask, error: Exception) -> Reply:
     if reply.status == 401:
         return Reply(None, 303, PRIVATE | {"Location": f"/login?{urlencode({'next': ask.here})}"})
     page = show_page(ask, "error", reply.status)
-    page.headers |= {name: reply.headers[name] for name in reply.headers.keys() & {"Retry-After"}}
+    page.headers = reply.headers | page.headers  # Retry-After, for one
     return page
 
 
@@ -2126,7 +2124,8 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
-        self.loops = Loops()
+        self.loops, self.hub = Loops(), Hub(self)
+        self.changed = self.hub.changed
         limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
         notices = {
             lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
@@ -2136,8 +2135,7 @@ class Service:
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
         bound |= {"admins": settings.admins, "days": settings.retention_days}
-        self.db = Db(self.pool, lambda user_id: self.hub.changed(user_id), PATIENCE, **bound)
-        self.hub = Hub(settings.database_url, self.db)
+        self.db = Db(self.pool, self.changed, PATIENCE, **bound)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -2145,7 +2143,7 @@ class Service:
             self.outbound = Outbound(settings)
         except (ValueError, OSError) as error:
             raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
-        patient = Db(self.pool, self.hub.changed, WORKER_PATIENCE, **bound)
+        patient = Db(self.pool, self.changed, WORKER_PATIENCE, **bound)
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
 
@@ -2153,7 +2151,7 @@ class Service:
         """Tell the inboxes that grew."""
         METRICS.batch.observe(len(rows))
         for user in {row.user_id for row in rows if row.inserted}:
-            self.hub.changed(user)
+            self.changed(user)
         if any(row.leaves for row in rows):
             self.worker.wake.set()
 
