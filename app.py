@@ -46,10 +46,10 @@ from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
 from email.message import EmailMessage
 from email.policy import SMTP as SMTP_POLICY
-from email.utils import mktime_tz, parseaddr, parsedate_tz
+from email.utils import parseaddr, parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode
 from uuid import UUID
 
 import aiohttp
@@ -1028,14 +1028,13 @@ def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
 
 def smtp_arguments(url: str) -> dict[str, Any]:
     """What `aiosmtplib.SMTP` wants to know of smtp[s]://user:pass@host:port?starttls=required|off."""
-    parts = urlsplit(url)
-    modes = {"": None, "starttls=required": True, "starttls=off": False}
-    secure = parts.scheme == "smtps"
-    if parts.scheme not in ("smtp", "smtps") or not parts.hostname or parts.query not in modes:
+    server, modes = URL(url), {"": None, "starttls=required": True, "starttls=off": False}
+    secure = server.scheme == "smtps"
+    if server.scheme not in ("smtp", "smtps") or not server.host or server.query_string not in modes:
         raise ValueError("expected smtp://[user:pass@]host[:port][?starttls=required|off] or smtps://…")
-    user, password = (unquote(part or "") or None for part in (parts.username, parts.password))
-    server = {"hostname": parts.hostname, "port": parts.port or (465 if secure else 587), "use_tls": secure}
-    return server | {"start_tls": not secure and modes[parts.query], "username": user, "password": password}
+    given = {"hostname": server.host, "username": server.user, "password": server.password}
+    given |= {"port": server.port or (465 if secure else 587), "use_tls": secure}
+    return given | {"start_tls": not secure and modes[server.query_string]}
 
 
 class MailClient(aiosmtplib.SMTP):
@@ -1101,9 +1100,8 @@ def guarded_socket(allow: list[Any], plain: bool, info: Any) -> socket.socket:
 def retry_after(value: str) -> float | None:
     """Seconds from a Retry-After header, a number or a date; at most a day."""
     with contextlib.suppress(ValueError, OverflowError):  # a year that no clock reaches
-        moment = parsedate_tz(value)
-        seconds = float(value) if value.isdecimal() else moment and mktime_tz(moment) - time.time()
-        return None if seconds is None else min(max(seconds, 0.0), 86_400.0)
+        later = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
+        return min(max(later, 0.0), 86_400.0)
     return None
 
 
@@ -1262,8 +1260,7 @@ class Outbound:
 
     async def _post(self, url: str, body: bytes, told: dict[str, Any]) -> Outcome:
         """One POST without redirects."""
-        channel = told["message"].channel
-        words = b""
+        channel, words = told["message"].channel, b""
         headers = {name: value.format(**told) for name, value in HEADERS[channel].items()}
         try:
             target = URL(url)
@@ -1280,14 +1277,14 @@ class Outbound:
                 verdict = STATUSES[channel].get(answer.status, "retry" if again else "refused")
                 error = f"{answer.status} {words.decode('utf-8', 'replace')}"
                 return Outcome(verdict, error, retry_after(answer.headers.get("Retry-After", "")))
-        except (aiohttp.ClientError, ValueError) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             cause = getattr(error, "os_error", None)
-            verdict = "retry"
-            if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-                verdict = "refused" if isinstance(cause, PermissionError) else "fault"
-            elif isinstance(error, ValueError):
-                verdict = "refused"
+            verdict = "refused" if isinstance(cause, PermissionError) else "fault"
             return Outcome(verdict, str(cause or type(error).__name__))
+        except ValueError as error:  # in the address
+            return Outcome("refused", type(error).__name__)
+        except aiohttp.ClientError as error:
+            return Outcome("retry", type(error).__name__)
 
 
 # ═══ 8 · Worker ═══════════════════════════════════════════════════════════════════════════════
@@ -1301,11 +1298,10 @@ PRUNE_ROWS = 1000  # at a time, also of intake: no statement holds its locks for
 
 
 class METRICS:
-    """What GET /metrics counts; the gauges are asked of the service when they are read."""
+    """What GET /metrics counts; its template tells how things are when it is read."""
 
     registry = prometheus_client.CollectorRegistry()
     counter = functools.partial(prometheus_client.Counter, registry=registry)
-    gauge = functools.partial(prometheus_client.Gauge, registry=registry)
     histogram = functools.partial(prometheus_client.Histogram, registry=registry)
     requests = counter("bellhop_requests", "Requests by route and status", ["route", "status"])
     attempt = ["channel", "state", "verdict"]
@@ -1313,10 +1309,6 @@ class METRICS:
     leases_lost = counter("bellhop_leases_lost", "Results that came after the lease had ended")
     sizes = [2**power for power in range(11)]
     batch = histogram("bellhop_create_batch", "Notifications per create statement", buckets=sizes)
-    oldest = gauge("bellhop_oldest_due_seconds", "Age of the oldest message that is due")
-    statuses = gauge("bellhop_deliveries", "Deliveries by outcome", ["channel", "status", "reason"])
-    breakers = gauge("bellhop_breaker_open", "1 while a provider is paused", ["provider"])
-    pool = gauge("bellhop_pool", "Database connections and waiting requests", ["what"])
 
 
 class Worker:
@@ -1482,8 +1474,8 @@ STREAM_HEADERS = {
 class Hub:
     """The open streams of this process by user; and hints to and from those that share its database."""
 
-    def __init__(self, conninfo: str, db: Db) -> None:
-        self.conninfo, self.db = conninfo, db
+    def __init__(self, bell: Service) -> None:
+        self.bell = bell
         self.streams: dict[str, list[InboxStream]] = {}
         self.closed = False
         self.alone = True  # on this database
@@ -1494,17 +1486,20 @@ class Hub:
         for stream in self.streams.get(user_id, ()):
             stream.stale.set()
 
-    def open(self, stream: InboxStream) -> None:
-        """Count a stream in; one too many closes the oldest."""
+    @contextlib.contextmanager
+    def counted(self, stream: InboxStream) -> Iterator[None]:
+        """A stream is open meanwhile; one too many closes the oldest."""
         streams = self.streams.setdefault(stream.user_id, [])
         streams.append(stream)
         for each in streams if self.closed else streams[:-STREAMS_PER_USER]:
             each.close()
-
-    def leave(self, stream: InboxStream) -> None:
-        self.streams[stream.user_id].remove(stream)
-        if not self.streams[stream.user_id]:
-            del self.streams[stream.user_id]
+        try:
+            yield
+        finally:
+            stream.close()
+            streams.remove(stream)
+            if not streams:
+                del self.streams[stream.user_id]
 
     def close(self) -> None:
         """End every stream: the process stops."""
@@ -1524,15 +1519,15 @@ class Hub:
         while await self.told.wait():
             self.told.clear()
             users, self.users = encode(sorted(self.users)), set()
-            await self.db.many("record_change", users=users if len(users) < 2000 else "[]")
+            await self.bell.db.many("record_change", users=users if len(users) < 2000 else "[]")
 
     async def listen_loop(self) -> None:
         """Pass on what others tell; a word from a newcomer is also when to count again."""
-        async with await connect(self.conninfo) as connection:
+        async with await connect(self.bell.settings.database_url) as connection:
             await connection.execute("SET application_name TO 'bellhop live'; LISTEN bellhop")
             await connection.execute("NOTIFY bellhop, '[]'")
             while True:
-                self.alone = await self.db.one("count_listeners", int) <= 1
+                self.alone = await self.bell.db.one("count_listeners", int) <= 1
                 async for word in connection.notifies(timeout=10, stop_after=1):
                     for user in msgspec.json.decode(word.payload) or list(self.streams):
                         self.publish(user)
@@ -1543,27 +1538,25 @@ class InboxStream:
 
     status = 200
 
-    def __init__(self, hub: Hub, user_id: str, head: bool) -> None:
-        self.hub, self.user_id, self.head = hub, user_id, head
-        self.stale, self.tasks = asyncio.Event(), list[asyncio.Task[None]]()
+    def __init__(self, hub: Hub, user_id: str) -> None:
+        self.hub, self.user_id = hub, user_id
+        self.stale = asyncio.Event()
         self.stale.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the client leaves, stops reading or is replaced; then the connection ends."""
-        known: Any = scope.get("extensions") or {}
-        self.abort = known.get("abort", lambda: None)
-        self.tasks = [asyncio.create_task(self.feed(send)), asyncio.create_task(self.wait_for_leave(receive))]
-        self.hub.open(self)
-        try:
-            await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.hub.leave(self)
-            self.close()
+        """Send until the client leaves, stops reading or is replaced; to HEAD the start alone."""
+        asked: Any = scope
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
+        if asked["method"] == "GET":
+            parts = self.feed(send), self.wait_for_leave(receive)
+            self.tasks = [asyncio.create_task(part) for part in parts]
+            with self.hub.counted(self):
+                await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.gather(*self.tasks, return_exceptions=True)
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(
-                    send({"type": "http.response.body", "body": b"", "more_body": False}), 1
-                )
+        # This, and closing after it, would wait for the client to take the rest, for as long as it lives.
+        cut = asyncio.get_running_loop().call_later(1, asked["extensions"]["abort"])
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        cut.cancel()
 
     def close(self) -> None:
         for task in self.tasks:
@@ -1574,28 +1567,18 @@ class InboxStream:
             pass
 
     async def feed(self, send: Send) -> None:
-        """Send the start, then an event for each change and a comment in silence; to HEAD the start alone."""
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
-        if self.head:
-            return
-        while frame := await self.next_frame():
-            try:
-                async with asyncio.timeout(STREAM_SEND_SECONDS):
-                    await send({"type": "http.response.body", "body": frame, "more_body": True})
-            except TimeoutError:
-                self.abort()  # closing would wait for the client to take the rest, for as long as it lives
-                break
-
-    async def next_frame(self) -> bytes:
-        """The next event, or a comment when nothing happened for a while."""
-        try:
-            async with asyncio.timeout(STREAM_COMMENT_SECONDS):
-                await self.stale.wait()
-        except TimeoutError:
-            return b": still here\n\n"
-        self.stale.clear()
-        hint = await self.hub.db.one("get_hint", user_id=self.user_id)
-        return f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
+        """Send an event for each change and a comment in silence, for as long as the client takes them."""
+        while True:
+            frame = b": still here\n\n"
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STREAM_COMMENT_SECONDS):
+                    await self.stale.wait()
+            if self.stale.is_set():
+                self.stale.clear()
+                hint = await self.hub.bell.db.one("get_hint", user_id=self.user_id)
+                frame = f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
+            async with asyncio.timeout(STREAM_SEND_SECONDS):
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
 
 
 # ═══ 10 · API ═════════════════════════════════════════════════════════════════════════════════
@@ -1748,7 +1731,7 @@ async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
 
 async def stream_inbox(ask: Ask) -> ASGIApp:
     """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
-    return InboxStream(ask.bell.hub, ask.user.user_id, ask.scope["method"] == "HEAD")
+    return InboxStream(ask.bell.hub, ask.user.user_id)
 
 
 async def get_push_key(ask: Ask) -> Any:
@@ -1851,32 +1834,20 @@ POLICY = (
     " manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 PAGE_HEADERS = PRIVATE | {"Content-Security-Policy": POLICY, "Referrer-Policy": "same-origin"}
+FILES = {
+    path.name: path.read_bytes() for path in sorted((HERE / "templates").iterdir()) if path.suffix in ASSETS
+}
+FILES_VERSION = hashlib.blake2b(b"".join(FILES.values()), digest_size=6).hexdigest()
+ALL_OF_THEM = {"event": None, "cursor": None, "limit": 30, "channel": None, "about": None}
 
 
-class Pages:
-    """The templates, and the files a browser loads by versioned URL."""
-
-    def __init__(self) -> None:
-        files = (path for path in (HERE / "templates").iterdir() if path.suffix in ASSETS)
-        self.files = {path.name: path.read_bytes() for path in files}
-        self.version = hashlib.blake2b(b"".join(self.files.values()), digest_size=6).hexdigest()
-
-    def show(self, ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
-        """A page in the reader's language."""
-        lang = language(f"{values.get('locale', '')},{ask.headers.get('accept-language', '')}")
-        told = {
-            "status": status,
-            "w": WORDS[lang],
-            "lang": lang,
-            "languages": {code: words["page.language"] for code, words in sorted(WORDS.items())},
-            "user_id": ask.user.user_id,
-            "is_admin": ask.user.admin,
-            "asset": lambda file: f"/assets/{self.version}/{file}",
-            "path": ask.here,
-            "script_words": functools.partial(script_words, lang),
-        }
-        text = TEMPLATES.get_template(name).render(values | told)
-        return Reply(text.encode(), status, PAGE_HEADERS, "text/html; charset=utf-8")
+def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
+    """A template in the reader's language."""
+    lang = language(f"{values.get('locale', '')},{ask.headers.get('accept-language', '')}")
+    values |= {"lang": lang, "w": WORDS[lang], "status": status, "path": ask.here}
+    values |= {"user_id": ask.user.user_id, "is_admin": ask.user.admin}
+    text = TEMPLATES.get_template(f"{name}.html").render(values)
+    return Reply(text.encode(), status, PAGE_HEADERS, "text/html; charset=utf-8")
 
 
 @functools.cache
@@ -1886,19 +1857,21 @@ def script_words(lang: str, *more: str) -> str:
     return jinja2.utils.htmlsafe_json_dumps(words, ensure_ascii=False, separators=(",", ":"))
 
 
+TEMPLATES.globals |= {
+    "script_words": script_words,
+    "asset": lambda name: f"/assets/{FILES_VERSION}/{name}",
+    "languages": {lang: words["page.language"] for lang, words in WORDS.items()},
+}
+
+
 def show_error(ask: Ask, error: Exception) -> Reply:
     """What a page answers when it cannot be shown: where to sign in, and back; or what is wrong."""
     reply = answer_error(ask, error)
     if reply.status == 401:
         return Reply(None, 303, PRIVATE | {"Location": f"/login?{urlencode({'next': ask.here})}"})
-    page = ask.bell.pages.show(ask, "error.html", reply.status)
-    page.headers |= {name: reply.headers[name] for name in reply.headers.keys() & {"Retry-After"}}
+    page = show_page(ask, "error", reply.status)
+    page.headers = reply.headers | page.headers  # Retry-After, for one
     return page
-
-
-# What a template calls a whole row, by a column that tells it.
-PAGE_PARTS = {"listing": "notifications", "failed": "next_cursor", "stats": "per_minute"}
-ALL_OF_THEM = {"event": None, "cursor": None, "limit": 30, "channel": None, "about": None}
 
 
 def page(path: str, by: str, template: str, *names: str) -> Route:
@@ -1911,8 +1884,7 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
         row: dict[str, Any] = {"push_key": ask.bell.outbound.public_key}
         for told in await asyncio.gather(*(db.one(name) for name in names)):
             row |= plain(told.get("answer", told))
-        shown: dict[str, Any] = {part: row for part, column in PAGE_PARTS.items() if column in row}
-        return ask.bell.pages.show(ask, f"{template}.html", **row | shown)
+        return show_page(ask, template, **row)
 
     return Route("GET", path, by, show, fail=show_error)
 
@@ -1944,19 +1916,18 @@ async def unsubscribe(ask: Ask) -> Reply:
     if sent:
         event = event if b"event=" in await ask.body() else None
         await ask.bell.db.run("update_unsubscribed", user_id=user, event=event)
-    told = {"token_ok": user is not None, "done": sent, "event_name": event}
-    return ask.bell.pages.show(ask, "unsubscribe.html", **told)
+    return show_page(ask, "unsubscribe", token_ok=user is not None, done=sent, event_name=event)
 
 
 async def get_asset(ask: Ask) -> Reply:
     """A file of the page, cached for a year under its version; what others ask for lives at the root."""
     name = ask.path.get("name") or ask.scope["path"][1:]
-    if name not in ask.bell.pages.files:
+    if name not in FILES:
         raise Problem("not_found")
     headers = {"Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
-    if ask.path.get("version") == ask.bell.pages.version:
+    if ask.path.get("version") == FILES_VERSION:
         headers = {"Cache-Control": "public, max-age=31536000, immutable"}
-    return Reply(ask.bell.pages.files[name], 200, headers, ASSETS[Path(name).suffix])
+    return Reply(FILES[name], 200, headers, ASSETS[Path(name).suffix])
 
 
 # ═══ 12 · Operations ══════════════════════════════════════════════════════════════════════════
@@ -1968,27 +1939,25 @@ class Loops:
 
     def __init__(self) -> None:
         self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.failing: set[str] = set()
+        self.down: set[str] = set()
 
-    def start(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
-        self.tasks[name] = asyncio.create_task(self.supervise(name, run), name=name)
+    def start(self, loops: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
+        self.tasks = {name: asyncio.create_task(self.supervise(name, run)) for name, run in loops.items()}
 
     async def supervise(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
         """Run a loop for ever; after a failure again, a little later each time."""
         pause = 0.1
         while True:
             started = time.monotonic()
+            self.down.discard(name)
             try:
                 await run()
             except Exception as error:
                 log.error("loop %s failed: %s", name, describe(error))
+            finally:
+                self.down.add(name)
             pause = 0.1 if time.monotonic() - started > 30 else min(5.0, pause * 2)
-            self.failing.add(name)
             await asyncio.sleep(pause)
-            self.failing.discard(name)
-
-    def down(self) -> list[str]:
-        return [name for name, task in self.tasks.items() if task.done() or name in self.failing]
 
     async def stop(self) -> None:
         for task in self.tasks.values():
@@ -2003,7 +1972,7 @@ async def get_liveness(ask: Ask) -> Any:
 
 async def get_readiness(ask: Ask) -> Any:
     """200 when the database answers and every background loop runs, else 503 naming the part."""
-    down = ask.bell.loops.down()
+    down = sorted(ask.bell.loops.down)
     try:
         await ask.bell.db.one("get_readiness")
     except (TimeoutError, psycopg.Error):  # PoolTimeout is one of these
@@ -2014,18 +1983,10 @@ async def get_readiness(ask: Ask) -> Any:
 
 
 async def get_metrics(ask: Ask) -> Reply:
-    """Everything countable, as Prometheus reads it."""
+    """Everything countable, as Prometheus reads it: what happened, and from the template how things are."""
     stats = plain(await ask.bell.db.one("get_stats"))
-    METRICS.oldest.set(stats["oldest_due_seconds"] or 0)
-    METRICS.statuses.clear()
-    METRICS.breakers.clear()
-    for row in stats["outcomes"]:
-        METRICS.statuses.labels(row["channel"], row["status"], row["reason"]).set(row["n"])
-    for row in stats["breakers"]:
-        METRICS.breakers.labels(row["provider"]).set(row["paused_until"] is not None)
-    for what in ("pool_size", "pool_available", "requests_waiting"):
-        METRICS.pool.labels(what).set(ask.bell.pool.get_stats().get(what, 0))
-    text = prometheus_client.generate_latest(METRICS.registry)
+    gauges = TEMPLATES.get_template("metrics.txt").render(stats, pool=ask.bell.pool.get_stats())
+    text = prometheus_client.generate_latest(METRICS.registry) + gauges.encode()
     return Reply(text, 200, PRIVATE, prometheus_client.CONTENT_TYPE_LATEST)
 
 
@@ -2163,7 +2124,8 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
-        self.loops, self.pages = Loops(), Pages()
+        self.loops, self.hub = Loops(), Hub(self)
+        self.changed = self.hub.changed
         limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
         notices = {
             lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
@@ -2174,7 +2136,6 @@ class Service:
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
         bound |= {"admins": settings.admins, "days": settings.retention_days}
         self.db = Db(self.pool, self.changed, PATIENCE, **bound)
-        self.hub = Hub(settings.database_url, self.db)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -2182,12 +2143,9 @@ class Service:
             self.outbound = Outbound(settings)
         except (ValueError, OSError) as error:
             raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
-        patient = Db(self.pool, self.changed, WORKER_PATIENCE, **self.db.bound)
+        patient = Db(self.pool, self.changed, WORKER_PATIENCE, **bound)
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
-
-    def changed(self, user_id: str) -> None:
-        self.hub.changed(user_id)
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
@@ -2202,27 +2160,27 @@ class Service:
         if self.pool_check is None or self.pool_check.done():
             self.pool_check = asyncio.create_task(self.pool.check())
 
-    async def start(self) -> None:
-        """Open the connections and start the loops, on a database that prepare() made ready."""
-        await self.pool.open(wait=True, timeout=10)
-        await self.outbound.open()
+    @contextlib.asynccontextmanager
+    async def running(self, _: Litestar) -> AsyncIterator[None]:
+        """Connections and loops while this is open, on a database that prepare() made ready."""
         worker = self.worker
         loops = {"create": self.intake.run, "intake": worker.intake_loop, "prune": worker.prune_loop}
         loops |= {f"list {n}": self.lists.run for n in range(READERS)}
         loops |= {"listen": self.hub.listen_loop, "tell": self.hub.tell_loop}
         if self.settings.delivery_concurrency:
             loops |= {"claim": worker.claim_loop, "finish": worker.finish_loop}
-        for name, run in loops.items():
-            self.loops.start(name, run)
-
-    async def stop(self) -> None:
-        """End the loops, then the connections."""
-        self.hub.close()
-        with contextlib.suppress(Exception):
-            await self.worker.stop()
-        await self.loops.stop()
-        await self.outbound.close()
-        await self.pool.close(timeout=2)
+        try:
+            await self.pool.open(wait=True, timeout=10)
+            await self.outbound.open()
+            self.loops.start(loops)
+            yield
+        finally:
+            self.hub.close()
+            with contextlib.suppress(Exception):
+                await worker.stop()
+            await self.loops.stop()
+            await self.outbound.close()
+            await self.pool.close(timeout=2)
 
 
 def make_pool(settings: Settings, size: int) -> Pool:
@@ -2392,22 +2350,13 @@ def make_handler(route: Route) -> HTTPRouteHandler:
 def create_app(settings: Settings) -> Litestar:
     """The ASGI app; it needs a database_url and a secret."""
     service = Service(settings)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        try:
-            await service.start()
-            yield
-        finally:
-            await service.stop()
-
     allowed = ["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"]
     cors = CORSConfig(settings.cors_origins, allow_headers=allowed, expose_headers=["ETag", "Retry-After"])
     app = Litestar(
         [make_handler(route) for route in ROUTES],
         exception_handlers={Exception: refuse},
         middleware=[Answering],
-        lifespan=[lifespan],
+        lifespan=[service.running],
         cors_config=cors if settings.cors_origins else None,
         state=State({"service": service}),
         openapi_config=None,
