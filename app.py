@@ -1298,10 +1298,11 @@ PRUNE_ROWS = 1000  # at a time, also of intake: no statement holds its locks for
 
 
 class METRICS:
-    """What GET /metrics counts; its template tells how things are when it is read."""
+    """What GET /metrics counts; the gauges are asked of the service when they are read."""
 
     registry = prometheus_client.CollectorRegistry()
     counter = functools.partial(prometheus_client.Counter, registry=registry)
+    gauge = functools.partial(prometheus_client.Gauge, registry=registry)
     histogram = functools.partial(prometheus_client.Histogram, registry=registry)
     requests = counter("bellhop_requests", "Requests by route and status", ["route", "status"])
     attempt = ["channel", "state", "verdict"]
@@ -1309,6 +1310,10 @@ class METRICS:
     leases_lost = counter("bellhop_leases_lost", "Results that came after the lease had ended")
     sizes = [2**power for power in range(11)]
     batch = histogram("bellhop_create_batch", "Notifications per create statement", buckets=sizes)
+    oldest = gauge("bellhop_oldest_due_seconds", "Age of the oldest message that is due")
+    statuses = gauge("bellhop_deliveries", "Deliveries by outcome", ["channel", "status", "reason"])
+    breakers = gauge("bellhop_breaker_open", "1 while a provider is paused", ["provider"])
+    pool = gauge("bellhop_pool", "Database connections and waiting requests", ["what"])
 
 
 class Worker:
@@ -1983,10 +1988,18 @@ async def get_readiness(ask: Ask) -> Any:
 
 
 async def get_metrics(ask: Ask) -> Reply:
-    """Everything countable, as Prometheus reads it: what happened, and from the template how things are."""
+    """Everything countable, as Prometheus reads it."""
     stats = plain(await ask.bell.db.one("get_stats"))
-    gauges = TEMPLATES.get_template("metrics.txt").render(stats, pool=ask.bell.pool.get_stats())
-    text = prometheus_client.generate_latest(METRICS.registry) + gauges.encode()
+    METRICS.oldest.set(stats["oldest_due_seconds"] or 0)
+    METRICS.statuses.clear()
+    METRICS.breakers.clear()
+    for row in stats["outcomes"]:
+        METRICS.statuses.labels(row["channel"], row["status"], row["reason"]).set(row["n"])
+    for row in stats["breakers"]:
+        METRICS.breakers.labels(row["provider"]).set(row["paused_until"] is not None)
+    for what in ("pool_size", "pool_available", "requests_waiting"):
+        METRICS.pool.labels(what).set(ask.bell.pool.get_stats().get(what, 0))
+    text = prometheus_client.generate_latest(METRICS.registry)
     return Reply(text, 200, PRIVATE, prometheus_client.CONTENT_TYPE_LATEST)
 
 
