@@ -467,7 +467,7 @@ class Reply:
         await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 
-class Line(Struct):
+class Line(Struct, gc=False):
     """One notification as the outside may see it; no text: it is private."""
 
     id: UUID
@@ -477,7 +477,7 @@ class Line(Struct):
     created_at: datetime
 
 
-class Outgoing(Struct):
+class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; itself the key in a dict
     """One claimed message, with at most ten lines of its items."""
 
     user_id: str
@@ -496,13 +496,36 @@ class Outgoing(Struct):
     folded: bool = False  # a digest, even if one item is left
 
 
-class Outcome(Struct):
+def outgoing(text: str | None, severity: str, told_at: datetime, *fields: Any) -> Outgoing | None:
+    """A row of claim_messages.sql; nothing when there is nothing to send. Only a digest's lines are JSON."""
+    message = Outgoing(*fields)
+    if message.id is None:
+        return None
+    address, lines = cast("Any", message.address), cast("Any", message.lines)
+    message.address = {"email": address} if message.channel == "email" else msgspec.json.decode(address)
+    if lines is None:
+        message.lines = [Line(message.newest_id, text, message.event_name or "", severity, told_at)]
+    else:
+        message.lines = msgspec.json.decode(lines, type=list[Line])
+    return message
+
+
+class Outcome(Struct, omit_defaults=True, gc=False):
     """How one attempt ended. sent; retry: may work later; refused: three attempts; dead: never;
     bounced: dead address; gone: the target ended; fault: the provider itself fails."""
 
     verdict: str
     error: str = ""  # the provider's words, for admins only
     retry_after: float | None = None
+
+
+class Ended(Outcome, kw_only=True):
+    """What finish_messages.sql writes down of one attempt."""
+
+    user_id: str
+    id: UUID
+    claim_seq: int
+    email: str | None = None  # that bounced
 
 
 # ═══ 3 · Queries ══════════════════════════════════════════════════════════════════════════════
@@ -1321,8 +1344,8 @@ class Worker:
 
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.db, self.intake, self.outbound = settings, db, intake, outbound
-        self.in_flight: dict[asyncio.Task[None], Outgoing] = {}
-        self.results: list[dict[str, Any]] = []
+        self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
+        self.results: list[Ended] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
         self.claiming, self.finishing, self.ending = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self.idle_at, self.looked_at = time.monotonic(), 0.0
@@ -1364,20 +1387,19 @@ class Worker:
 
     async def all_ended(self) -> None:
         if self.in_flight:
-            await asyncio.wait(self.in_flight)
+            await asyncio.wait(self.in_flight.values())
 
     async def start(self, room: int, alone: bool) -> int:
         """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
         if room <= 0:
             return 0
         share = -(-self.settings.delivery_concurrency // 4)  # so that slow providers leave room for others
-        busy = collections.Counter(message.provider for message in self.in_flight.values())
+        busy = collections.Counter(message.provider for message in self.in_flight)
         mail = bool(self.settings.smtp_url)
         given = {"room": room, "alone": alone, "share": share, "busy": encode(busy), "mail": mail}
-        claimed = await self.db.many("claim_messages", lambda text: text, **given)
-        for text in filter(None, claimed):
-            message = msgspec.json.decode(text, type=Outgoing)
-            self.in_flight[asyncio.create_task(self.deliver(message))] = message
+        claimed = await self.db.many("claim_messages", outgoing, **given)
+        for message in filter(None, claimed):
+            self.in_flight[message] = asyncio.create_task(self.deliver(message))
         return len(claimed)
 
     async def deliver(self, message: Outgoing) -> None:
@@ -1385,10 +1407,11 @@ class Worker:
         try:
             outcome = await self.outbound.send(message)
         finally:
-            self.in_flight.pop(cast("Any", asyncio.current_task()), None)
+            self.in_flight.pop(message, None)
         key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
-        key["email"] = message.address.get("email")
-        self.results.append(key | msgspec.structs.asdict(outcome))
+        if outcome.verdict == "bounced":
+            key["email"] = message.address["email"]
+        self.results.append(Ended(outcome.verdict, outcome.error, outcome.retry_after, **key))
         self.done.set()
 
     async def finish_loop(self) -> None:
@@ -1406,10 +1429,10 @@ class Worker:
             results = self.results.copy()
             if not results:
                 return
-            rows = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
+            written = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
             del self.results[: len(results)]
-        METRICS.leases_lost.inc(len(results) - len(rows))
-        for attempt, times in collections.Counter(rows).items():
+        METRICS.leases_lost.inc(len(results) - sum(times for *_, times in written))
+        for *attempt, times in written:
             METRICS.deliveries.labels(*attempt).inc(times)
 
     async def intake_loop(self) -> None:
@@ -1454,8 +1477,8 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS), self.claiming:
                     await self.all_ended()
-            left = list(self.in_flight.values())
-            for task in self.in_flight:
+            left = list(self.in_flight)
+            for task in self.in_flight.values():
                 task.cancel()
             async with asyncio.timeout(1):  # the process has ten seconds to end
                 await self.finish()
