@@ -486,7 +486,6 @@ class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; i
     channel: str
     provider: str
     locale: str
-    attempts: int
     created_at: datetime
     address: dict[str, Any]
     total: int
@@ -496,18 +495,12 @@ class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; i
     folded: bool = False  # a digest, even if one item is left
 
 
-def outgoing(text: str | None, severity: str, told_at: datetime, *fields: Any) -> Outgoing | None:
-    """A row of claim_messages.sql; nothing when there is nothing to send. Only a digest's lines are JSON."""
-    message = Outgoing(*fields)
-    if message.id is None:
-        return None
-    address, lines = cast("Any", message.address), cast("Any", message.lines)
-    message.address = {"email": address} if message.channel == "email" else msgspec.json.decode(address)
-    if lines is None:
-        message.lines = [Line(message.newest_id, text, message.event_name or "", severity, told_at)]
-    else:
-        message.lines = msgspec.json.decode(lines, type=list[Line])
-    return message
+def outgoing(*row: Any) -> Outgoing | None:
+    """What a row of claim_messages.sql says is to be sent, if anything. Only a digest's lines are JSON."""
+    message, to, lines = Outgoing(*row[5:]), row[12], row[16]
+    message.address = {"email": to} if message.channel == "email" else msgspec.json.decode(to or "{}")
+    message.lines = msgspec.json.decode(lines, type=list[Line]) if lines else [Line(*row[:5])]
+    return message if message.id else None
 
 
 class Outcome(Struct, omit_defaults=True, gc=False):
@@ -517,15 +510,6 @@ class Outcome(Struct, omit_defaults=True, gc=False):
     verdict: str
     error: str = ""  # the provider's words, for admins only
     retry_after: float | None = None
-
-
-class Ended(Outcome, kw_only=True):
-    """What finish_messages.sql writes down of one attempt."""
-
-    user_id: str
-    id: UUID
-    claim_seq: int
-    email: str | None = None  # that bounced
 
 
 # ═══ 3 · Queries ══════════════════════════════════════════════════════════════════════════════
@@ -1343,9 +1327,10 @@ class Worker:
     """Everything that happens by itself: sending, storing what was kept for later, forgetting."""
 
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
-        self.settings, self.db, self.intake, self.outbound = settings, db, intake, outbound
+        self.settings, self.intake, self.outbound = settings, intake, outbound
+        self.db = db.bind(share=-(-settings.delivery_concurrency // 4), mail=bool(settings.smtp_url))
         self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
-        self.results: list[Ended] = []
+        self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
         self.claiming, self.finishing, self.ending = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self.idle_at, self.looked_at = time.monotonic(), 0.0
@@ -1382,22 +1367,16 @@ class Worker:
         elif self.suspect and now - self.idle_at > QUARANTINE_SECONDS:
             await self.all_ended()
             return 1
-        unfinished = len(self.in_flight) + len(self.results)
-        return await self.start(room=self.settings.delivery_concurrency - unfinished, alone=False)
+        return await self.start(self.settings.delivery_concurrency - len(self.in_flight) - len(self.results))
 
     async def all_ended(self) -> None:
         if self.in_flight:
             await asyncio.wait(self.in_flight.values())
 
-    async def start(self, room: int, alone: bool) -> int:
+    async def start(self, room: int, alone: bool = False) -> int:
         """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
-        if room <= 0:
-            return 0
-        share = -(-self.settings.delivery_concurrency // 4)  # so that slow providers leave room for others
-        busy = collections.Counter(message.provider for message in self.in_flight)
-        mail = bool(self.settings.smtp_url)
-        given = {"room": room, "alone": alone, "share": share, "busy": encode(busy), "mail": mail}
-        claimed = await self.db.many("claim_messages", outgoing, **given)
+        busy = encode(collections.Counter(message.provider for message in self.in_flight))
+        claimed = await self.db.many("claim_messages", outgoing, room=room, alone=alone, busy=busy)
         for message in filter(None, claimed):
             self.in_flight[message] = asyncio.create_task(self.deliver(message))
         return len(claimed)
@@ -1409,9 +1388,7 @@ class Worker:
         finally:
             self.in_flight.pop(message, None)
         key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
-        if outcome.verdict == "bounced":
-            key["email"] = message.address["email"]
-        self.results.append(Ended(outcome.verdict, outcome.error, outcome.retry_after, **key))
+        self.results.append(key | msgspec.to_builtins(outcome) | {"email": message.address.get("email")})
         self.done.set()
 
     async def finish_loop(self) -> None:
@@ -1426,8 +1403,7 @@ class Worker:
     async def finish(self) -> None:
         """Write down the results so far; what cannot be written now is kept."""
         async with self.finishing:
-            results = self.results.copy()
-            if not results:
+            if not (results := self.results.copy()):
                 return
             written = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
             del self.results[: len(results)]
@@ -1813,7 +1789,7 @@ async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
     address = plain(await ask.mine.one("get_webhook", **ask.path))
     ping, now = new_id(), datetime.now(UTC)
-    message = Outgoing("", ping, 0, "webhook", "", "en", 0, now, address, 1, ping, "bellhop.ping", [])
+    message = Outgoing("", ping, 0, "webhook", "", "en", now, address, 1, ping, "bellhop.ping", [])
     return await ask.bell.outbound.send(message)
 
 

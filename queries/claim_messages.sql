@@ -14,7 +14,7 @@ WITH RECURSIVE provider AS (
 probing AS MATERIALIZED (
     SELECT provider FROM breakers WHERE paused_until <= now() FOR UPDATE SKIP LOCKED
 ),
--- How many more of each provider's messages this process may take.
+-- How many more of each provider's messages this process may take: slow ones leave room for others.
 room AS (
     SELECT p.name, q.provider IS NOT NULL AS probes,
            %(share)s::int - coalesce((%(busy)s::jsonb ->> p.name)::int, 0) AS free
@@ -25,11 +25,11 @@ room AS (
 ),
 -- The oldest due ones, locked; an expired lease is due again and counts as a crash.
 due AS MATERIALIZED (
-    SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.attempts, d.created_at,
+    SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.created_at,
            d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, room.probes
     FROM room
     CROSS JOIN LATERAL (
-        SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.attempts, o.created_at,
+        SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.created_at,
                o.provider, o.available_at, o.crashes, o.xmin AS version, o.ctid AS place
         FROM outbox o
         WHERE o.provider = room.name AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
@@ -43,7 +43,7 @@ due AS MATERIALIZED (
     WHERE d.digest IS NULL
        OR d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
     ORDER BY d.available_at
-    LIMIT %(room)s::int
+    LIMIT greatest(0, %(room)s::int)
 ),
 -- Each message with its address (none: its target is gone) and with what it still has to say: the most
 -- severe first, then the newest. OFFSET 0 keeps the planner from joining whole tables where one row is
@@ -149,10 +149,10 @@ claimed AS (
         finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
     FROM decided d
     WHERE o.ctid = ANY (ARRAY(SELECT found.place FROM decided found)) AND o.user_id = d.user_id AND o.id = d.id
-    RETURNING d.text, d.severity, d.told_at, o.user_id, CASE WHEN d.verdict = 'sending' THEN o.id END AS id,
-              o.claim_seq, d.channel, d.provider, coalesce(d.locale, 'en') AS locale, d.attempts, d.created_at,
-              d.address, d.total, d.newest_id::uuid AS newest_id,
-              CASE WHEN d.total = 1 THEN d.event_name END AS event_name, array_to_json(d.lines) AS lines,
+    RETURNING d.newest_id::uuid AS newest_id, d.text, d.event_name, d.severity, d.told_at,
+              o.user_id, CASE WHEN d.verdict = 'sending' THEN o.id END AS id, o.claim_seq, d.channel, d.provider,
+              coalesce(d.locale, 'en') AS locale, d.created_at, d.address, d.total,
+              CASE WHEN d.total = 1 THEN d.event_name END AS single_name, array_to_json(d.lines) AS lines,
               d.digest IS NOT NULL AS folded
 ),
 -- What became needless or unwanted since it was created.
@@ -171,6 +171,7 @@ given_up AS (
     WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
       AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
-SELECT text, severity, told_at, user_id, id, claim_seq, channel, provider, locale, attempts, created_at,
-       address, total, newest_id, event_name, lines, folded
+-- The columns are the fields of a Line and then of Outgoing.
+SELECT newest_id, text, event_name, severity, told_at, user_id, id, claim_seq, channel, provider, locale, created_at,
+       address, total, newest_id, single_name, lines, folded
 FROM claimed
