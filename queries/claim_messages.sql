@@ -1,7 +1,6 @@
 -- Claims due messages for the length of a lease, each provider up to its share, and looks at every item again:
--- what was read or switched off since is suppressed, a message without items is void. Returns what is to be sent:
--- a digest with at most ten lines, another message with its only one in columns (building JSON takes as long as
--- the looking); and a row without an id for each message that needs no sending. claim_seq is the fence.
+-- what was read or switched off since is suppressed, a message without items is void. Returns what is to be sent,
+-- a digest with at most ten lines, and a row without id for each that needs no sending. claim_seq is the fence.
 WITH RECURSIVE provider AS (
     -- The providers with waiting messages, one index probe each.
     SELECT min(provider) AS name FROM outbox WHERE state IN ('open', 'sending', 'pending')
@@ -171,7 +170,7 @@ given_up AS (
     WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
       AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
--- The columns are the fields of a Line and then of Outgoing.
+-- The fields of a Line and then of Outgoing: to build JSON of them would cost as much as all the looking.
 SELECT newest_id, text, event_name, severity, told_at, user_id, id, claim_seq, channel, provider, locale, created_at,
        address, total, newest_id, single_name, lines, folded
 FROM claimed
