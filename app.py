@@ -467,7 +467,7 @@ class Reply:
         await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 
-class Line(Struct):
+class Line(Struct, gc=False):
     """One notification as the outside may see it; no text: it is private."""
 
     id: UUID
@@ -477,7 +477,7 @@ class Line(Struct):
     created_at: datetime
 
 
-class Outgoing(Struct):
+class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; itself the key in a dict
     """One claimed message, with at most ten lines of its items."""
 
     user_id: str
@@ -486,7 +486,6 @@ class Outgoing(Struct):
     channel: str
     provider: str
     locale: str
-    attempts: int
     created_at: datetime
     address: dict[str, Any]
     total: int
@@ -496,7 +495,15 @@ class Outgoing(Struct):
     folded: bool = False  # a digest, even if one item is left
 
 
-class Outcome(Struct):
+def outgoing(*row: Any) -> Outgoing | None:
+    """What a row of claim_messages.sql says is to be sent, if anything. Only a digest's lines are JSON."""
+    message, to, lines = Outgoing(*row[5:]), row[12], row[16]
+    message.address = {"email": to} if message.channel == "email" else msgspec.json.decode(to or "{}")
+    message.lines = msgspec.json.decode(lines, type=list[Line]) if lines else [Line(*row[:5])]
+    return message if message.id else None
+
+
+class Outcome(Struct, omit_defaults=True, gc=False):
     """How one attempt ended. sent; retry: may work later; refused: three attempts; dead: never;
     bounced: dead address; gone: the target ended; fault: the provider itself fails."""
 
@@ -1320,8 +1327,9 @@ class Worker:
     """Everything that happens by itself: sending, storing what was kept for later, forgetting."""
 
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
-        self.settings, self.db, self.intake, self.outbound = settings, db, intake, outbound
-        self.in_flight: dict[asyncio.Task[None], Outgoing] = {}
+        self.settings, self.intake, self.outbound = settings, intake, outbound
+        self.db = db.bind(share=-(-settings.delivery_concurrency // 4), mail=bool(settings.smtp_url))
+        self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
         self.claiming, self.finishing, self.ending = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
@@ -1359,25 +1367,18 @@ class Worker:
         elif self.suspect and now - self.idle_at > QUARANTINE_SECONDS:
             await self.all_ended()
             return 1
-        unfinished = len(self.in_flight) + len(self.results)
-        return await self.start(room=self.settings.delivery_concurrency - unfinished, alone=False)
+        return await self.start(self.settings.delivery_concurrency - len(self.in_flight) - len(self.results))
 
     async def all_ended(self) -> None:
         if self.in_flight:
-            await asyncio.wait(self.in_flight)
+            await asyncio.wait(self.in_flight.values())
 
-    async def start(self, room: int, alone: bool) -> int:
+    async def start(self, room: int, alone: bool = False) -> int:
         """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
-        if room <= 0:
-            return 0
-        share = -(-self.settings.delivery_concurrency // 4)  # so that slow providers leave room for others
-        busy = collections.Counter(message.provider for message in self.in_flight.values())
-        mail = bool(self.settings.smtp_url)
-        given = {"room": room, "alone": alone, "share": share, "busy": encode(busy), "mail": mail}
-        claimed = await self.db.many("claim_messages", lambda text: text, **given)
-        for text in filter(None, claimed):
-            message = msgspec.json.decode(text, type=Outgoing)
-            self.in_flight[asyncio.create_task(self.deliver(message))] = message
+        busy = encode(collections.Counter(message.provider for message in self.in_flight))
+        claimed = await self.db.many("claim_messages", outgoing, room=room, alone=alone, busy=busy)
+        for message in filter(None, claimed):
+            self.in_flight[message] = asyncio.create_task(self.deliver(message))
         return len(claimed)
 
     async def deliver(self, message: Outgoing) -> None:
@@ -1385,10 +1386,9 @@ class Worker:
         try:
             outcome = await self.outbound.send(message)
         finally:
-            self.in_flight.pop(cast("Any", asyncio.current_task()), None)
+            self.in_flight.pop(message, None)
         key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
-        key["email"] = message.address.get("email")
-        self.results.append(key | msgspec.structs.asdict(outcome))
+        self.results.append(key | msgspec.to_builtins(outcome) | {"email": message.address.get("email")})
         self.done.set()
 
     async def finish_loop(self) -> None:
@@ -1403,13 +1403,12 @@ class Worker:
     async def finish(self) -> None:
         """Write down the results so far; what cannot be written now is kept."""
         async with self.finishing:
-            results = self.results.copy()
-            if not results:
+            if not (results := self.results.copy()):
                 return
-            rows = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
+            written = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
             del self.results[: len(results)]
-        METRICS.leases_lost.inc(len(results) - len(rows))
-        for attempt, times in collections.Counter(rows).items():
+        METRICS.leases_lost.inc(len(results) - sum(times for *_, times in written))
+        for *attempt, times in written:
             METRICS.deliveries.labels(*attempt).inc(times)
 
     async def intake_loop(self) -> None:
@@ -1454,8 +1453,8 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS), self.claiming:
                     await self.all_ended()
-            left = list(self.in_flight.values())
-            for task in self.in_flight:
+            left = list(self.in_flight)
+            for task in self.in_flight.values():
                 task.cancel()
             async with asyncio.timeout(1):  # the process has ten seconds to end
                 await self.finish()
@@ -1790,7 +1789,7 @@ async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
     address = plain(await ask.mine.one("get_webhook", **ask.path))
     ping, now = new_id(), datetime.now(UTC)
-    message = Outgoing("", ping, 0, "webhook", "", "en", 0, now, address, 1, ping, "bellhop.ping", [])
+    message = Outgoing("", ping, 0, "webhook", "", "en", now, address, 1, ping, "bellhop.ping", [])
     return await ask.bell.outbound.send(message)
 
 

@@ -1,6 +1,6 @@
 -- Claims due messages for the length of a lease, each provider up to its share, and looks at every item again:
 -- what was read or switched off since is suppressed, a message without items is void. Returns what is to be sent,
--- with at most ten lines each, and NULL for each message that needs no sending. claim_seq is the fence.
+-- a digest with at most ten lines, and a row without id for each that needs no sending. claim_seq is the fence.
 WITH RECURSIVE provider AS (
     -- The providers with waiting messages, one index probe each.
     SELECT min(provider) AS name FROM outbox WHERE state IN ('open', 'sending', 'pending')
@@ -13,7 +13,7 @@ WITH RECURSIVE provider AS (
 probing AS MATERIALIZED (
     SELECT provider FROM breakers WHERE paused_until <= now() FOR UPDATE SKIP LOCKED
 ),
--- How many more of each provider's messages this process may take.
+-- How many more of each provider's messages this process may take: slow ones leave room for others.
 room AS (
     SELECT p.name, q.provider IS NOT NULL AS probes,
            %(share)s::int - coalesce((%(busy)s::jsonb ->> p.name)::int, 0) AS free
@@ -24,11 +24,11 @@ room AS (
 ),
 -- The oldest due ones, locked; an expired lease is due again and counts as a crash.
 due AS MATERIALIZED (
-    SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.attempts, d.created_at,
+    SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.created_at,
            d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, room.probes
     FROM room
     CROSS JOIN LATERAL (
-        SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.attempts, o.created_at,
+        SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.created_at,
                o.provider, o.available_at, o.crashes, o.xmin AS version, o.ctid AS place
         FROM outbox o
         WHERE o.provider = room.name AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
@@ -42,13 +42,13 @@ due AS MATERIALIZED (
     WHERE d.digest IS NULL
        OR d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
     ORDER BY d.available_at
-    LIMIT %(room)s::int
+    LIMIT greatest(0, %(room)s::int)
 ),
 -- Each message with its address (none: its target is gone) and with what it still has to say: the most
 -- severe first, then the newest. OFFSET 0 keeps the planner from joining whole tables where one row is
 -- found by its key, and from repeating an expression wherever its result is used.
 looked AS MATERIALIZED (
-    SELECT d.*, p.locale, a.address, p.until, c.total, c.event_name, c.newest_id, c.lines, c.dropped, c.reasons,
+    SELECT d.*, p.locale, a.address, p.until, c.*,
            CASE WHEN c.total = 0 THEN 'void'
                 WHEN d.crashes >= 10 OR a.address IS NULL THEN 'failed'
                 WHEN p.until IS NOT NULL THEN 'held'
@@ -67,13 +67,13 @@ looked AS MATERIALIZED (
     ) p ON true
     CROSS JOIN LATERAL (
         SELECT CASE d.channel
-                    WHEN 'email' THEN jsonb_build_object('email', p.email)
-                    WHEN 'push' THEN (SELECT jsonb_build_object('endpoint', s.endpoint, 'p256dh', s.p256dh, 'auth', s.auth)
-                                      FROM push_subscriptions s WHERE s.user_id = d.user_id AND s.id = d.target)
-                    ELSE (SELECT jsonb_build_object('url', w.url, 'sealed', jsonb_build_array(
+                    WHEN 'email' THEN p.email
+                    WHEN 'push' THEN (SELECT json_build_object('endpoint', s.endpoint, 'p256dh', s.p256dh, 'auth', s.auth)
+                                      FROM push_subscriptions s WHERE s.user_id = d.user_id AND s.id = d.target)::text
+                    ELSE (SELECT json_build_object('url', w.url, 'sealed', json_build_array(
                                      encode(w.secret, 'base64'),
                                      CASE WHEN w.old_secret_until > now() THEN encode(w.old_secret, 'base64') END))
-                          FROM webhook_endpoints w WHERE w.id = d.target AND w.disabled_at IS NULL)
+                          FROM webhook_endpoints w WHERE w.id = d.target AND w.disabled_at IS NULL)::text
                END AS address,
                coalesce(p.enabled, d.channel = 'webhook') AS enabled,
                (SELECT max(s.reason) FROM suppressions s
@@ -82,13 +82,17 @@ looked AS MATERIALIZED (
         OFFSET 0
     ) a
     CROSS JOIN LATERAL (
+        -- A message that is no digest has one item, which max() gives.
         SELECT count(*) FILTER (WHERE i.reason IS NULL) AS total,
-               max(i.event_name) FILTER (WHERE i.reason IS NULL) AS event_name,
                max(i.id::text) FILTER (WHERE i.reason IS NULL) AS newest_id,
+               max(i.text) FILTER (WHERE i.reason IS NULL) AS text,
+               max(i.event_name) FILTER (WHERE i.reason IS NULL) AS event_name,
+               max(i.severity) FILTER (WHERE i.reason IS NULL) AS severity,
+               max(i.created_at) FILTER (WHERE i.reason IS NULL) AS told_at,
                (array_agg(json_build_object('id', i.id, 'text', i.text, 'event_name', i.event_name,
                                             'severity', i.severity, 'created_at', i.created_at)
                           ORDER BY array_position('{info,success,warning,critical}', i.severity) DESC, i.id DESC)
-                FILTER (WHERE i.reason IS NULL))[1:10] AS lines,
+                FILTER (WHERE i.reason IS NULL AND d.digest IS NOT NULL))[1:10] AS lines,
                array_agg(i.id) FILTER (WHERE i.reason IS NOT NULL) AS dropped,
                array_agg(i.reason) FILTER (WHERE i.reason IS NOT NULL) AS reasons
         FROM deliveries v
@@ -144,12 +148,11 @@ claimed AS (
         finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
     FROM decided d
     WHERE o.ctid = ANY (ARRAY(SELECT found.place FROM decided found)) AND o.user_id = d.user_id AND o.id = d.id
-    RETURNING CASE WHEN d.verdict = 'sending' THEN json_build_object(
-        'user_id', o.user_id, 'id', o.id, 'claim_seq', o.claim_seq, 'channel', d.channel, 'provider', d.provider,
-        'locale', coalesce(d.locale, 'en'), 'attempts', d.attempts, 'created_at', d.created_at,
-        'address', d.address, 'total', d.total, 'newest_id', d.newest_id,
-        'event_name', CASE WHEN d.total = 1 THEN d.event_name END,
-        'lines', d.lines, 'folded', d.digest IS NOT NULL)::text END AS message
+    RETURNING d.newest_id::uuid AS newest_id, d.text, d.event_name, d.severity, d.told_at,
+              o.user_id, CASE WHEN d.verdict = 'sending' THEN o.id END AS id, o.claim_seq, d.channel, d.provider,
+              coalesce(d.locale, 'en') AS locale, d.created_at, d.address, d.total,
+              CASE WHEN d.total = 1 THEN d.event_name END AS single_name, array_to_json(d.lines) AS lines,
+              d.digest IS NOT NULL AS folded
 ),
 -- What became needless or unwanted since it was created.
 suppressed AS (
@@ -167,4 +170,7 @@ given_up AS (
     WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
       AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
-SELECT message FROM claimed
+-- The fields of a Line and then of Outgoing: to build JSON of them would cost as much as all the looking.
+SELECT newest_id, text, event_name, severity, told_at, user_id, id, claim_seq, channel, provider, locale, created_at,
+       address, total, newest_id, single_name, lines, folded
+FROM claimed

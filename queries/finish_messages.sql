@@ -1,5 +1,5 @@
 -- Writes down what became of claimed messages, in one statement for many. Only the newest claim of a
--- message may: a worker that lost its lease changes nothing. Returns what was written.
+-- message may: a worker that lost its lease changes nothing. Returns how many results of each kind were written.
 WITH result AS MATERIALIZED (
     SELECT r.user_id, r.id, r.claim_seq, r.email, r.verdict, r.error, r.retry_after
     FROM jsonb_to_recordset(%(results)s::jsonb) AS r (
@@ -137,4 +137,4 @@ noticed AS (
         SELECT coalesce(%(notices)s::jsonb -> left(p.locale, 2), %(notices)s::jsonb -> 'en') AS text
     ) words
 )
-SELECT channel, state, verdict FROM finished
+SELECT channel, state, verdict, count(*) AS times FROM finished GROUP BY channel, state, verdict

@@ -512,7 +512,6 @@ def outgoing(channel: str, address: Mapping[str, Any], *lines: Line, **changes: 
         "channel": channel,
         "provider": channel,
         "locale": "en",
-        "attempts": 0,
         "created_at": NOON,
         "address": dict(address),
         "lines": shown,

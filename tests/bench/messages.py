@@ -5,6 +5,7 @@ Both on the same PostgreSQL in the same run, one process each in turn: claimed a
 """
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -55,6 +56,8 @@ async def with_bellhop(url: str, home: str) -> float:
         for first in range(1, MESSAGES + 1, 500):
             await service.intake.ask([app.make_item(f"user-{first + n}", asked) for n in range(500)])
         await connection.execute("ANALYZE")
+        gc.collect()
+        gc.freeze()  # as `bellhop serve` does
         worker, started = service.worker, time.perf_counter()
         service.outbound.send = nothing
         loops = [asyncio.create_task(run()) for run in (worker.claim_loop, worker.finish_loop)]
