@@ -466,10 +466,10 @@ class Reply:
         if status not in (204, 304):
             self.headers["Content-Length"] = str(len(self.body))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
         headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
-        start: Any = {"type": "http.response.start", "status": self.status, "headers": headers}
-        await send(start | {"whole": self.body})
+        start = {"type": "http.response.start", "status": self.status, "headers": headers}
+        await send({**start, "whole": self.body})  # Cycle's own word
 
 
 class Line(Struct, gc=False):
@@ -597,7 +597,7 @@ class Db:
 
     async def fetch(self, query: Query, kind: Kind, values: list[Any]) -> Any:
         """Run one statement on a connection of the pool; with rollback bound, as if it had not been."""
-        connection = await self.pool.getconn()  # pool.connection() commits what is: a sixth of a statement
+        connection = await self.pool.getconn()  # pool.connection() would commit, too: a seventh of a batch
         try:
             preview = self.bound.get("rollback")
             async with connection.transaction(force_rollback=True) if preview else contextlib.nullcontext():
@@ -2331,8 +2331,7 @@ def answers(path: str, status: int) -> Any:
 
 
 class Answering:
-    """Litestar's router finds the route, which is run right here: its own way there and back takes longer
-    than all we do (15 of 94 µs)."""
+    """Runs the routes that Litestar's router finds: its own layers around them take 13 of 94 µs more."""
 
     def __init__(self, app: Litestar, service: Service) -> None:
         self.find, self.service = app.asgi_router.handle_routing, service
@@ -2388,7 +2387,7 @@ def create_app(settings: Settings) -> Litestar:
 
 
 class Cycle(RequestResponseCycle):
-    """uvicorn's, but a whole answer leaves by one call and in one write: 24 µs less, a tenth of a create."""
+    """uvicorn's, but a Reply leaves by one call and in one write: 14 of 94 µs less, and a system call."""
 
     async def send(self, message: Any) -> None:
         if (body := message.get("whole")) is None:
