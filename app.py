@@ -68,8 +68,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Litestar
+from litestar._asgi.utils import is_valid_host
 from litestar.config.cors import CORSConfig
-from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.middleware._internal.cors import CORSMiddleware
@@ -2339,9 +2339,11 @@ class Answering:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         ask, template, fail = Ask(self.service, scope, receive), "", answer_error
         try:
+            if not is_valid_host(ask.headers.get("host", "").encode("latin-1")):
+                raise Problem("bad_request")
             found = self.find(path=plain_path(scope), method=scope["method"])
-            run, handler, scope["path"], scope["path_params"], template = found
-            if (route := handler.opt.get("route")) is None:
+            run, scope["route_handler"], scope["path"], scope["path_params"], template = found
+            if (route := scope["route_handler"].opt.get("route")) is None:
                 return await run(scope, receive, send)  # OPTIONS
             fail = route.fail
             reply: Any = await answer(ask, route)
@@ -2353,10 +2355,9 @@ class Answering:
 
 def plain_path(scope: Any) -> str:
     """The path to route by. A quoted slash is part of a user's id; Litestar would see the end of it there."""
-    path = scope["path"]
-    if path.startswith("/api/users/"):
-        path = unquote(re.sub("%2[fF]", QUOTED_SLASH, scope["raw_path"].decode("latin-1")))
-    return normalize_path(path)
+    if not scope["path"].startswith("/api/users/"):
+        return normalize_path(scope["path"])
+    return normalize_path(unquote(re.sub("%2[fF]", QUOTED_SLASH, scope["raw_path"].decode("latin-1"))))
 
 
 async def unused() -> None:
@@ -2377,10 +2378,10 @@ def create_app(settings: Settings) -> Litestar:
     app = Litestar(
         [make_handler(route) for route in ROUTES],
         lifespan=[service.running],
-        state=State({"service": service}),
         openapi_config=None,
         logging_config=None,
     )
+    app.state.service = service
     answering = Answering(app, service)
     app.asgi_handler = CORSMiddleware(answering, cors) if settings.cors_origins else answering
     return app
@@ -2392,8 +2393,7 @@ class Cycle(RequestResponseCycle):
     async def send(self, message: Any) -> None:
         if (body := message.get("whole")) is None:
             return await super().send(message)
-        if self.flow.write_paused and not self.disconnected:
-            await self.flow.drain()
+        await self.flow.drain()
         if self.disconnected:
             return None
         pairs = [*self.default_headers, *message["headers"]]
