@@ -67,19 +67,22 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.utils import base64url_decode, base64url_encode
-from litestar import Litestar, Request, Response
+from litestar import Litestar
+from litestar._asgi.utils import is_valid_host
 from litestar.config.cors import CORSConfig
-from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
+from litestar.middleware._internal.cors import CORSMiddleware
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
+from litestar.utils import normalize_path
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from psycopg import AsyncRawCursor
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 from yarl import URL
 
 VERSION = "0.1.0"
@@ -459,12 +462,14 @@ class Reply:
         self.headers = {**headers, "X-Content-Type-Options": "nosniff"}
         if content is not None:
             self.body = content if isinstance(content, bytes) else msgspec.json.encode(content)
-            self.headers |= {"Content-Type": media, "Content-Length": str(len(self.body))}
+            self.headers["Content-Type"] = media
+        if status not in (204, 304):
+            self.headers["Content-Length"] = str(len(self.body))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
         headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
-        await send({"type": "http.response.start", "status": cast("Any", self.status), "headers": headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": False})
+        start = {"type": "http.response.start", "status": self.status, "headers": headers}
+        await send({**start, "whole": self.body})  # Cycle's own word
 
 
 class Line(Struct, gc=False):
@@ -592,12 +597,15 @@ class Db:
 
     async def fetch(self, query: Query, kind: Kind, values: list[Any]) -> Any:
         """Run one statement on a connection of the pool; with rollback bound, as if it had not been."""
-        async with self.pool.connection() as connection, contextlib.AsyncExitStack() as stack:
-            if self.bound.get("rollback"):
-                await stack.enter_async_context(connection.transaction(force_rollback=True))
-            cursor = AsyncRawCursor(connection, row_factory=args_row(kind) if kind else dict_row)
-            await cursor.execute(query.numbered, values)
+        connection = await self.pool.getconn()  # pool.connection() would commit, too: a seventh of a batch
+        try:
+            preview = self.bound.get("rollback")
+            async with connection.transaction(force_rollback=True) if preview else contextlib.nullcontext():
+                cursor = AsyncRawCursor(connection, row_factory=args_row(kind) if kind else dict_row)
+                await cursor.execute(query.numbered, values)
             return await cursor.fetchall() if cursor.description else [cursor.rowcount]
+        finally:
+            await self.pool.putconn(connection)
 
 
 async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -1598,9 +1606,8 @@ Action = Callable[..., Awaitable[Any]]
 class Ask:
     """A request: what it says, who sent it, and the service that answers."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        self.scope, self.receive = cast("dict[str, Any]", scope), receive
-        self.bell: Service = scope["litestar_app"].state.service
+    def __init__(self, bell: Service, scope: Any, receive: Receive) -> None:
+        self.bell, self.scope, self.receive = bell, scope, receive
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.user = Caller("nobody")
 
@@ -2324,29 +2331,33 @@ def answers(path: str, status: int) -> Any:
 
 
 class Answering:
-    """Runs the routes right behind Litestar's router: the way through its handlers takes twice as long."""
+    """Runs the routes that Litestar's router finds: its own layers around them take 13 of 94 µs more."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: Litestar, service: Service) -> None:
+        self.find, self.service = app.asgi_router.handle_routing, service
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = scope["route_handler"].opt.get("route")
-        if route is None:
-            return await self.app(scope, receive, send)  # OPTIONS
-        ask = Ask(scope, receive)
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        ask, template, fail = Ask(self.service, scope, receive), "", answer_error
         try:
+            if not is_valid_host(ask.headers.get("host", "").encode("latin-1")):
+                raise Problem("bad_request")
+            found = self.find(path=plain_path(scope), method=scope["method"])
+            run, scope["route_handler"], scope["path"], scope["path_params"], template = found
+            if (route := scope["route_handler"].opt.get("route")) is None:
+                return await run(scope, receive, send)  # OPTIONS
+            fail = route.fail
             reply: Any = await answer(ask, route)
         except Exception as error:
-            reply = route.fail(ask, error)
-        answers(scope["path_template"], reply.status).inc()
+            reply = fail(ask, error)
+        answers(template, reply.status).inc()
         return await reply(scope, receive, send)
 
 
-def refuse(request: Request[Any, Any, Any], error: Exception) -> Any:
-    """Litestar's answer to what it has no route for, and to what broke on the way to one."""
-    reply = answer_error(Ask(request.scope, request.receive), error)
-    answers("", reply.status).inc()
-    return Response(reply.body, status_code=reply.status, headers=reply.headers)
+def plain_path(scope: Any) -> str:
+    """The path to route by. A quoted slash is part of a user's id; Litestar would see the end of it there."""
+    if not scope["path"].startswith("/api/users/"):
+        return normalize_path(scope["path"])
+    return normalize_path(unquote(re.sub("%2[fF]", QUOTED_SLASH, scope["raw_path"].decode("latin-1"))))
 
 
 async def unused() -> None:
@@ -2366,56 +2377,45 @@ def create_app(settings: Settings) -> Litestar:
     cors = CORSConfig(settings.cors_origins, allow_headers=allowed, expose_headers=["ETag", "Retry-After"])
     app = Litestar(
         [make_handler(route) for route in ROUTES],
-        exception_handlers={Exception: refuse},
-        middleware=[Answering],
         lifespan=[service.running],
-        cors_config=cors if settings.cors_origins else None,
-        state=State({"service": service}),
         openapi_config=None,
         logging_config=None,
     )
-    app.asgi_handler = functools.partial(whole_user_ids, app.asgi_handler)
+    app.state.service = service
+    answering = Answering(app, service)
+    app.asgi_handler = CORSMiddleware(answering, cors) if settings.cors_origins else answering
     return app
 
 
-async def whole_user_ids(app: ASGIApp, scope: Any, receive: Receive, send: Send) -> None:
-    """A quoted slash is part of a user's id; Litestar would see the end of it there."""
-    if scope["type"] == "http" and scope["path"].startswith("/api/users/"):
-        quoted = re.sub("%2[fF]", QUOTED_SLASH, scope["raw_path"].decode("latin-1"))
-        scope = {**scope, "path": unquote(quoted)}
-    await app(scope, receive, send)
+class Cycle(RequestResponseCycle):
+    """uvicorn's, but a Reply leaves by one call and in one write: 14 of 94 µs less, and a system call."""
+
+    async def send(self, message: Any) -> None:
+        if (body := message.get("whole")) is None:
+            return await super().send(message)
+        await self.flow.drain()
+        if self.disconnected:
+            return None
+        pairs = [*self.default_headers, *message["headers"]]
+        if not self.keep_alive:
+            pairs.append((b"connection", b"close"))
+        head = b"".join([b"%b: %b\r\n" % pair for pair in pairs])
+        if head.count(b"\n") != len(pairs):
+            raise RuntimeError("a header's value ends its line")
+        self.response_started = self.response_complete = True
+        shown = b"" if self.scope["method"] == "HEAD" else body
+        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[message["status"]], head, shown))
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        return self.on_response()
 
 
-class Corked:
-    """A transport that sends what is written in one turn of the loop at once: head and body together.
-    A system call less is a sixth of a request."""
-
-    def __init__(self, transport: Any) -> None:
-        self.transport, self.parts = transport, list[bytes]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
-
-    def write(self, data: bytes) -> None:
-        if not self.parts:
-            asyncio.get_running_loop().call_soon(self.flush)
-        self.parts.append(data)
-
-    def flush(self) -> None:
-        if self.parts:
-            self.transport.write(b"".join(self.parts))
-            self.parts.clear()
-
-    def close(self) -> None:
-        self.flush()
-        self.transport.close()
+httptools_impl.RequestResponseCycle = Cycle  # uvicorn asks for the protocol's class only
 
 
-class Protocol(HttpToolsProtocol):
-    """HTTP on a corked connection, which a handler may also cut off."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(cast("Any", Corked(transport)))
+class Protocol(httptools_impl.HttpToolsProtocol):
+    """HTTP on a connection that a handler may also cut off."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

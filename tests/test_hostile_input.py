@@ -405,11 +405,12 @@ def test_a_body_over_its_limit_is_413_also_in_chunks(api: httpx.Client, sql: Cal
     assert sql("SELECT count(*) FROM notifications") == [(4,)]
 
 
-def exchange(service: Running, request: bytes) -> bytes:
-    """What the service answers to these very bytes."""
+def exchange(service: Running, request: bytes, leave: bool = True) -> bytes:
+    """What the service answers to these very bytes, from a client that has no more to say."""
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), 5) as wire:
         wire.sendall(request)
-        wire.shutdown(socket.SHUT_WR)
+        if leave:
+            wire.shutdown(socket.SHUT_WR)
         parts = []
         while part := wire.recv(65536):
             parts.append(part)
@@ -450,6 +451,20 @@ def test_odd_requests_get_an_answer_or_are_cut_off_but_never_a_500(service: Runn
         reply = exchange(service, request)
         status = reply.split(b" ", 2)[1:2]
         assert not reply or status[0] < b"500", (request, reply[:300])
+
+
+def test_http_itself_is_spoken_as_its_rules_want(service: Running) -> None:
+    get = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    options = exchange(service, get.replace(b"GET", b"OPTIONS")).lower()
+    assert options.startswith(b"http/1.1 204 ") and b"allow: get, head, options" in options
+    assert exchange(service, get.replace(b"Host: x", b"Host: a b")).startswith(b"HTTP/1.1 400 ")
+    head, _, body = exchange(service, get.replace(b"GET", b"HEAD")).partition(b"\r\n\r\n")
+    assert b"content-length: 15" in head and body == b""
+    last = get.replace(b"Host: x", b"Host: x\r\nConnection: close")
+    replies = exchange(service, get * 2 + last, leave=False)
+    assert replies.count(b"HTTP/1.1 200 ") == replies.count(b'{"status":"ok"}') == 3
+    assert replies.count(b"connection: close") == 1
+    assert b"connection: close" in exchange(service, get.replace(b"HTTP/1.1", b"HTTP/1.0"))
 
 
 def test_unknown_paths_and_methods_have_the_one_shape(api: httpx.Client, service: Running) -> None:
