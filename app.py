@@ -68,11 +68,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Litestar
-from litestar._asgi.utils import is_valid_host
 from litestar.config.cors import CORSConfig
+from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
-from litestar.middleware._internal.cors import CORSMiddleware
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
 from litestar.utils import normalize_path
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -81,8 +80,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
 from psycopg_pool import AsyncConnectionPool
-from uvicorn.protocols.http import httptools_impl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from yarl import URL
 
 VERSION = "0.1.0"
@@ -466,10 +464,10 @@ class Reply:
         if status not in (204, 304):
             self.headers["Content-Length"] = str(len(self.body))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
-        start = {"type": "http.response.start", "status": self.status, "headers": headers}
-        await send({**start, "whole": self.body})  # Cycle's own word
+        await send({"type": "http.response.start", "status": cast("Any", self.status), "headers": headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
 
 class Line(Struct, gc=False):
@@ -508,7 +506,7 @@ def outgoing(*row: Any) -> Outgoing | None:
     return message if message.id else None
 
 
-class Outcome(Struct, omit_defaults=True, gc=False):
+class Outcome(Struct, gc=False):
     """How one attempt ended. sent; retry: may work later; refused: three attempts; dead: never;
     bounced: dead address; gone: the target ended; fault: the provider itself fails."""
 
@@ -738,7 +736,7 @@ class Gatekeeper:
         }
         if provider := load_public_key(settings.jwt_public_key):
             self.kinds["provider"] = (*provider, settings.jwt_audience or None)
-        self.known: dict[str, tuple[float, Caller]] = {}
+        self.known: dict[str, tuple[float, asyncio.Task[Caller]]] = {}
 
     async def identify(self, ask: Ask) -> Caller:
         """The caller of a request, or 401; 403 when a browser proves it at another site's wish."""
@@ -762,21 +760,28 @@ class Gatekeeper:
         return Caller("user", user, admin)
 
     async def by_proof(self, proof: str) -> Caller:
-        """The caller behind a key or a token; one look a second is enough for a busy one."""
+        """The caller behind a key or a token; one look a second is enough, however many wait."""
         now = time.monotonic()
-        if (known := self.known.get(proof)) and known[0] > now:
-            return known[1]
-        if proof.startswith("bh_"):
-            scope = await self.db.maybe("get_api_key", str, hash=hashlib.sha256(proof.encode()).digest())
-            if scope is None:
-                raise Problem("unauthorized")
-            caller = Caller("key", admin=scope == "admin")
-        else:
-            caller = Caller("user", self.read_token(proof, "user", "provider")[1])
-        if len(self.known) >= PROOFS:
-            self.known.clear()
-        self.known[proof] = (now + PROOF_SECONDS, caller)
-        return caller
+        until, look = self.known.get(proof, (now, None))
+        if look is None or until <= now:
+            if len(self.known) >= PROOFS:
+                self.known.clear()
+            look = asyncio.create_task(self.check(proof))
+            self.known[proof] = now + PROOF_SECONDS, look
+        try:
+            return await look
+        except Exception:
+            self.known.pop(proof, None)
+            raise
+
+    async def check(self, proof: str) -> Caller:
+        """The caller behind a key or a token, or 401."""
+        if not proof.startswith("bh_"):
+            return Caller("user", self.read_token(proof, "user", "provider")[1])
+        scope = await self.db.maybe("get_api_key", str, hash=hashlib.sha256(proof.encode()).digest())
+        if scope is None:
+            raise Problem("unauthorized")
+        return Caller("key", admin=scope == "admin")
 
     def is_proxy(self, client: tuple[str, int] | None) -> bool:
         """The proxy's header counts from its own addresses only."""
@@ -2339,8 +2344,6 @@ class Answering:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         ask, template, fail = Ask(self.service, scope, receive), "", answer_error
         try:
-            if not is_valid_host(ask.headers.get("host", "").encode("latin-1")):
-                raise Problem("bad_request")
             found = self.find(path=plain_path(scope), method=scope["method"])
             run, scope["route_handler"], scope["path"], scope["path_params"], template = found
             if (route := scope["route_handler"].opt.get("route")) is None:
@@ -2378,44 +2381,49 @@ def create_app(settings: Settings) -> Litestar:
     app = Litestar(
         [make_handler(route) for route in ROUTES],
         lifespan=[service.running],
+        cors_config=cors if settings.cors_origins else None,
+        state=State({"service": service}),
         openapi_config=None,
         logging_config=None,
     )
-    app.state.service = service
     answering = Answering(app, service)
-    app.asgi_handler = CORSMiddleware(answering, cors) if settings.cors_origins else answering
+    if settings.cors_origins:
+        cast("Any", app.asgi_handler).app = answering
+    else:
+        app.asgi_handler = answering
     return app
 
 
-class Cycle(RequestResponseCycle):
-    """uvicorn's, but a Reply leaves by one call and in one write: 14 of 94 µs less, and a system call."""
+class Corked:
+    """A transport that sends what is written in one turn of the loop at once: head and body together.
+    A system call less is a sixth of a request."""
 
-    async def send(self, message: Any) -> None:
-        if (body := message.get("whole")) is None:
-            return await super().send(message)
-        await self.flow.drain()
-        if self.disconnected:
-            return None
-        pairs = [*self.default_headers, *message["headers"]]
-        if not self.keep_alive:
-            pairs.append((b"connection", b"close"))
-        head = b"".join([b"%b: %b\r\n" % pair for pair in pairs])
-        if head.count(b"\n") != len(pairs):
-            raise RuntimeError("a header's value ends its line")
-        self.response_started = self.response_complete = True
-        shown = b"" if self.scope["method"] == "HEAD" else body
-        self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[message["status"]], head, shown))
-        self.message_event.set()
-        if not self.keep_alive:
-            self.transport.close()
-        return self.on_response()
+    def __init__(self, transport: Any) -> None:
+        self.transport, self.parts = transport, list[bytes]()
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
 
-httptools_impl.RequestResponseCycle = Cycle  # uvicorn asks for the protocol's class only
+    def write(self, data: bytes) -> None:
+        if not self.parts:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self.parts.append(data)
+
+    def flush(self) -> None:
+        if self.parts:
+            self.transport.write(b"".join(self.parts))
+            self.parts.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self.transport.close()
 
 
-class Protocol(httptools_impl.HttpToolsProtocol):
-    """HTTP on a connection that a handler may also cut off."""
+class Protocol(HttpToolsProtocol):
+    """HTTP on a corked connection, which a handler may also cut off."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(cast("Any", Corked(transport)))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
