@@ -2399,14 +2399,14 @@ class Corked:
     A system call less is a sixth of a request."""
 
     def __init__(self, transport: Any) -> None:
-        self.transport, self.parts = transport, list[bytes]()
+        self.transport, self.parts, self.loop = transport, list[bytes](), asyncio.get_running_loop()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
 
     def write(self, data: bytes) -> None:
         if not self.parts:
-            asyncio.get_running_loop().call_soon(self.flush)
+            self.loop.call_soon(self.flush)
         self.parts.append(data)
 
     def flush(self) -> None:
