@@ -499,11 +499,14 @@ class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; i
 
 
 def outgoing(*row: Any) -> Outgoing | None:
-    """What a row of claim_messages.sql says is to be sent, if anything. Only a digest's lines are JSON."""
-    message, to, lines = Outgoing(*row[5:]), row[12], row[16]
-    message.address = {"email": to} if message.channel == "email" else msgspec.json.decode(to or "{}")
-    message.lines = msgspec.json.decode(lines, type=list[Line]) if lines else [Line(*row[:5])]
-    return message if message.id else None
+    """What a row of claim_messages.sql says is to be sent, if anything; a single item's line comes first."""
+    line, message = Line(*row[:5]), Outgoing(*row[5:])
+    if message.id is None:
+        return None
+    to, lines = cast("Any", message.address), cast("Any", message.lines)
+    message.address = {"email": to} if message.channel == "email" else msgspec.json.decode(to)
+    message.lines = msgspec.json.decode(lines, type=list[Line]) if lines else [line]
+    return message
 
 
 class Outcome(Struct, gc=False):
@@ -769,10 +772,11 @@ class Gatekeeper:
             look = asyncio.create_task(self.check(proof))
             self.known[proof] = now + PROOF_SECONDS, look
         try:
-            return await look
-        except Exception:
-            self.known.pop(proof, None)
-            raise
+            return await asyncio.shield(look)
+        finally:
+            failed = look.done() and (look.cancelled() or look.exception())
+            if failed and self.known.get(proof, (0, None))[1] is look:
+                del self.known[proof]
 
     async def check(self, proof: str) -> Caller:
         """The caller behind a key or a token, or 401."""
@@ -1048,7 +1052,10 @@ def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
 
 def smtp_arguments(url: str) -> dict[str, Any]:
     """What `aiosmtplib.SMTP` wants to know of smtp[s]://user:pass@host:port?starttls=required|off."""
-    server, modes = URL(url), {"": None, "starttls=required": True, "starttls=off": False}
+    server, modes = (
+        URL(url.replace("\\", "%5C")),
+        {"": None, "starttls=required": True, "starttls=off": False},
+    )
     secure = server.scheme == "smtps"
     if server.scheme not in ("smtp", "smtps") or not server.host or server.query_string not in modes:
         raise ValueError("expected smtp://[user:pass@]host[:port][?starttls=required|off] or smtps://…")
@@ -1388,6 +1395,8 @@ class Worker:
 
     async def start(self, room: int, alone: bool = False) -> int:
         """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
+        if room <= 0:
+            return 0
         busy = encode(collections.Counter(message.provider for message in self.in_flight))
         claimed = await self.db.many("claim_messages", outgoing, room=room, alone=alone, busy=busy)
         for message in filter(None, claimed):
@@ -1570,7 +1579,7 @@ class InboxStream:
             with self.hub.counted(self):
                 await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.gather(*self.tasks, return_exceptions=True)
-        # This, and closing after it, would wait for the client to take the rest, for as long as it lives.
+        # This may wait for the client to take the rest, for as long as it lives.
         cut = asyncio.get_running_loop().call_later(1, asked["extensions"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
@@ -1689,10 +1698,12 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise FieldError("deliver_at", "Expected a single user_id with it")
-        later = items[0].asked
-        if len(later.idempotency_key or "") > 255:  # made of the resource, and made again when due
-            later = msgspec.structs.replace(later, idempotency_key=None)
-        kept = {"payload": encode(later), "due_at": asked.deliver_at}
+        key = items[0].asked.idempotency_key
+        # One made of the resource may be longer than a caller's; it is made again when due.
+        later = msgspec.structs.replace(
+            items[0].asked, idempotency_key=key if len(key or "") <= 255 else None
+        )
+        kept = {"payload": encode(later), "due_at": asked.deliver_at, "key": key}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
@@ -1826,7 +1837,8 @@ def sql(name: str, only: str = "") -> Action:
     async def run(ask: Ask, given: Struct | None = None) -> Any:
         settings, told = ask.bell.settings, dict[str, str]()
         fields: dict[str, Any] = msgspec.structs.asdict(given) if given else {}
-        check_scheme(settings, "url", fields.get("url", UNSET))
+        if "url" in fields:
+            check_scheme(settings, "url", fields["url"])
         if "patch" in parameters:
             fields = {"patch": encode(given)}
         if "secret" in parameters:
@@ -2336,7 +2348,7 @@ def answers(path: str, status: int) -> Any:
 
 
 class Answering:
-    """Runs the routes that Litestar's router finds: its own layers around them take 13 of 94 µs more."""
+    """Runs the routes that Litestar's router finds: Litestar's own layers would add 13 µs to 82."""
 
     def __init__(self, app: Litestar, service: Service) -> None:
         self.find, self.service = app.asgi_router.handle_routing, service
@@ -2345,7 +2357,7 @@ class Answering:
         ask, template, fail = Ask(self.service, scope, receive), "", answer_error
         try:
             found = self.find(path=plain_path(scope), method=scope["method"])
-            run, scope["route_handler"], scope["path"], scope["path_params"], template = found
+            run, scope["route_handler"], _, scope["path_params"], template = found
             if (route := scope["route_handler"].opt.get("route")) is None:
                 return await run(scope, receive, send)  # OPTIONS
             fail = route.fail
@@ -2387,7 +2399,7 @@ def create_app(settings: Settings) -> Litestar:
         logging_config=None,
     )
     answering = Answering(app, service)
-    if settings.cors_origins:
+    if settings.cors_origins:  # Litestar's answer to other origins is its outermost layer
         cast("Any", app.asgi_handler).app = answering
     else:
         app.asgi_handler = answering

@@ -249,7 +249,8 @@ CREATE TABLE IF NOT EXISTS intake (
 COMMENT ON TABLE intake IS 'INSERT INTO intake (payload, due_at) inside your own transaction';
 CREATE INDEX IF NOT EXISTS intake_due ON intake (due_at) WHERE error IS NULL;
     -- serves: list_due_intake
-CREATE INDEX IF NOT EXISTS intake_reader ON intake (coalesce(payload ->> 'user_id', payload ->> 'userId'));
+CREATE INDEX IF NOT EXISTS intake_reader  -- hash: it holds whatever length
+    ON intake USING hash (coalesce(payload ->> 'user_id', payload ->> 'userId'));
     -- serves: delete_user, get_export
 
 -- What holds for a user without a row of choices; the same values as the columns' defaults.

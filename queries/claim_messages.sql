@@ -54,7 +54,7 @@ looked AS MATERIALIZED (
                 WHEN p.until IS NOT NULL THEN 'held'
                 ELSE 'sending' END AS verdict,
            CASE WHEN d.crashes >= 10 THEN 'it ended its worker ten times'
-                WHEN a.address IS NULL THEN 'its endpoint or subscription is gone' END AS error
+                WHEN a.address IS NULL AND c.total > 0 THEN 'its endpoint or subscription is gone' END AS error
     FROM due d
     LEFT JOIN LATERAL (
         SELECT w.locale, w.email, w.events,

@@ -13,7 +13,8 @@ WITH item AS MATERIALIZED (
 ),
 -- What was kept for later leaves intake here and nowhere else: it is stored once or was cancelled.
 due AS MATERIALIZED (
-    DELETE FROM intake WHERE id IN (SELECT i.intake FROM item i WHERE i.intake IS NOT NULL) RETURNING id
+    DELETE FROM intake
+    WHERE due_at <= now() AND id IN (SELECT i.intake FROM item i WHERE i.intake IS NOT NULL) RETURNING id
 ),
 -- One key twice in a batch is one row. Sorted, so that two batches cannot deadlock.
 wanted AS MATERIALIZED (

@@ -17,4 +17,5 @@ SELECT %(user_id)s::text AS user_id,
      FROM rate_limits r WHERE r.user_id = %(user_id)s::text) AS rate_limits,
     (SELECT coalesce(json_agg(i), '[]'::json)
      FROM intake i
-     WHERE coalesce(i.payload ->> 'user_id', i.payload ->> 'userId') = %(user_id)s::text) AS scheduled
+     WHERE coalesce(i.payload ->> 'user_id', i.payload ->> 'userId') = %(user_id)s::text
+        OR coalesce(i.payload -> 'user_ids', i.payload -> 'userIds') @> to_jsonb(ARRAY[%(user_id)s::text])) AS scheduled

@@ -1,5 +1,5 @@
 -- Settles a subject, for every user: its notifications become read and archived and leave every message
--- that has not been claimed. Names the users whose inboxes changed.
+-- that has not been claimed.
 WITH settled AS (
     UPDATE notifications
     SET read_at = coalesce(read_at, now()), archived_at = coalesce(archived_at, now()), updated_at = now()

@@ -1,4 +1,4 @@
--- Changes an endpoint by a JSON patch; enabled switches it on or off.
+-- Changes of an endpoint what is given; enabled switches it on or off.
 UPDATE webhook_endpoints w
 SET url = coalesce(p.url, w.url), host = coalesce(lower(substring(p.url FROM '^[^/]*//([^/?#]+)')), w.host), events = coalesce(p.events, w.events),
     min_severity = coalesce(p.min_severity, w.min_severity),

@@ -12,10 +12,9 @@ function inside(url) {
 
 let last = Promise.resolve();
 
-function inTurn(event, act) {
+function inTurn(act) {
 	// Chromium forgets a notification when their list is read in the very moment it is shown.
-	last = last.then(act).catch(() => {});
-	event.waitUntil(last);
+	return (last = last.then(act, act));
 }
 
 function pushed({ data }) {
@@ -33,11 +32,10 @@ async function show(message) {
 		requireInteraction: message.severity === "critical",
 		data: { id: message.id, url: inside(message.url) },
 	});
-	await closeRead();
 }
 
 async function closeRead() {
-	for (const shown of await registration.getNotifications()) {
+	for (const shown of await inTurn(() => registration.getNotifications())) {
 		const id = shown.data?.id;
 		const response = id && (await fetch("/api/notifications/" + encodeURIComponent(id)).catch(() => null));
 		if (!response?.ok) continue;
@@ -52,8 +50,9 @@ async function open(url) {
 	return page ? page.focus() : clients.openWindow(url);
 }
 
-addEventListener("push", (event) => inTurn(event, () => show(pushed(event))));
-addEventListener("message", (event) => inTurn(event, () => (event.data === "check" ? closeRead() : show(event.data))));
+addEventListener("push", (event) => event.waitUntil(inTurn(() => show(pushed(event))).then(closeRead)));
+addEventListener("message", (event) =>
+	event.waitUntil(event.data === "check" ? closeRead() : inTurn(() => show(event.data))));
 addEventListener("notificationclick", (event) => {
 	event.notification.close();
 	event.waitUntil(open(inside(event.notification.data?.url)));

@@ -144,6 +144,9 @@ class Running:
     async def main(self) -> None:
         await app.prepare(self.settings)
         await self.server._serve(sockets=[self.listener])
+        for transport in list(getattr(self.loop, "_transports", {}).values()):
+            transport.abort()  # of a client that came in this very moment
+        await asyncio.sleep(0.01)
 
     def make_loop(self) -> asyncio.AbstractEventLoop:
         self.loop = asyncio.new_event_loop()

@@ -82,7 +82,9 @@ class Peer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)
+        for transport in list(getattr(self.loop, "_transports", {}).values()):
+            transport.abort()  # of a client that came in this very moment
+        await asyncio.sleep(0.01)
 
     def script(self, place: str, *answers: Any) -> None:
         """Give these answers there, one each time, then go on as usual."""

@@ -114,7 +114,8 @@ def test_a_worker_that_dies_between_reading_and_storing_loses_and_doubles_nothin
     service: Running, program: psycopg.Connection, sql: Sql, drain: Callable[[], None]
 ) -> None:
     """The row is read and handed on twice, as after a crash: the second time it is not there any more."""
-    id = put(program, BODY, datetime.now(UTC) + timedelta(hours=1))
+    id = put(program, BODY)
+    program.execute("UPDATE intake SET error = 'so that the service leaves it alone'")
     program.commit()
     raw = app.Raw(app.encode(BODY).encode())
     for _ in range(3):
@@ -226,6 +227,27 @@ def test_a_repeated_deliver_at_with_a_key_is_kept_once(api: httpx.Client, sql: S
     assert other["scheduled"]["id"] != first["id"]
     assert api.delete(f"/api/scheduled/{first['id']}").status_code == 204
     assert sql("SELECT payload ->> 'user_id' FROM intake") == [("bob",)]
+
+
+def test_who_is_erased_is_taken_off_a_list_that_waits(service: Running, api: httpx.Client, sql: Sql) -> None:
+    for field in ("user_ids", "userIds"):
+        waiting = {"event_name": "e", "title": "t", "body": "b", field: ["alice", "bob"]}
+        sql(
+            "INSERT INTO intake (payload, due_at) VALUES (%s::jsonb, now() + interval '1 day')",
+            Jsonb(waiting),
+        )
+    assert len(api.get("/api/users/alice/export").json()["scheduled"]) == 2
+    assert api.delete("/api/users/alice").status_code == 204
+    assert sql("SELECT payload ->> 'user_ids' FROM intake") == [('["bob"]',)] * 2
+
+
+def test_what_is_scheduled_anew_is_not_taken_for_what_was_cancelled(api: httpx.Client, sql: Sql) -> None:
+    body = BODY | {"idempotency_key": "again", "deliver_at": later(hours=1)}
+    first = api.post("/api/notifications", json=body).json()["scheduled"]["id"]
+    sql("UPDATE intake SET error = 'broken'")
+    again = api.post("/api/notifications", json=body | {"title": "Mended"}).json()["scheduled"]["id"]
+    assert sql("SELECT id::text, payload ->> 'title', error FROM intake") == [(first, "Mended", None)]
+    assert first == again
 
 
 def test_a_post_with_deliver_at_is_202_and_stored_when_due(
