@@ -610,11 +610,8 @@ class Db:
 
 
 async def prepare_connection(connection: psycopg.AsyncConnection[Any]) -> None:
-    """Times are told in UTC and text in UTF-8, whatever the server's; no transaction is left open long."""
-    settings = "SET timezone TO 'UTC'; SET client_encoding TO 'UTF8'; SET application_name TO 'bellhop'"
-    # A claim takes 3 ms to plan and 1 ms to run, and its cost on paper would have it compiled each time.
-    settings += "; SET plan_cache_mode TO force_generic_plan; SET jit TO off"
-    await connection.execute(f"{settings}; SET idle_in_transaction_session_timeout TO '60s'", prepare=False)
+    """A connection speaks as all our statements expect it to."""
+    await connection.execute(QUERIES["update_session"].text, prepare=False)
 
 
 async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
@@ -1550,7 +1547,8 @@ class Hub:
     async def listen_loop(self) -> None:
         """Pass on what others tell; a word from a newcomer is also when to count again."""
         async with await connect(self.bell.settings.database_url) as connection:
-            await connection.execute("SET application_name TO 'bellhop live'; LISTEN bellhop")
+            await connection.execute("SET application_name TO 'bellhop live'")
+            await connection.execute("LISTEN bellhop")
             await connection.execute("NOTIFY bellhop, '[]'")
             while True:
                 self.alone = await self.bell.db.one("count_listeners", int) <= 1

@@ -23,7 +23,7 @@ from pytest_postgresql import factories
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peers import MARKER, Mailbox, hookbox, mailbox, pushbox  # noqa: F401  fixtures are found by name here
+from peers import MARKER, Hookbox, Mailbox, Pushbox, hang_up_on_everybody, running
 
 import app
 
@@ -144,9 +144,7 @@ class Running:
     async def main(self) -> None:
         await app.prepare(self.settings)
         await self.server._serve(sockets=[self.listener])
-        for transport in list(getattr(self.loop, "_transports", {}).values()):
-            transport.abort()  # of a client that came in this very moment
-        await asyncio.sleep(0.01)
+        await hang_up_on_everybody()
 
     def make_loop(self) -> asyncio.AbstractEventLoop:
         self.loop = asyncio.new_event_loop()
@@ -206,7 +204,28 @@ def service(serve: Callable[..., Running]) -> Running:
 
 
 @pytest.fixture
-def delivering(serve: Callable[..., Running], mailbox: Mailbox) -> Callable[..., Running]:  # noqa: F811
+def mailbox() -> Iterator[Mailbox]:
+    """A mail server that takes everything."""
+    with running(Mailbox()) as peer:
+        yield peer
+
+
+@pytest.fixture
+def hookbox() -> Iterator[Hookbox]:
+    """A webhook receiver that takes everything."""
+    with running(Hookbox()) as peer:
+        yield peer
+
+
+@pytest.fixture
+def pushbox() -> Iterator[Pushbox]:
+    """A push service that takes what is signed and encrypted well."""
+    with running(Pushbox()) as peer:
+        yield peer
+
+
+@pytest.fixture
+def delivering(serve: Callable[..., Running], mailbox: Mailbox) -> Callable[..., Running]:
     """Start a service that sends to the peers and looks for work all the time."""
 
     def start(**settings: Any) -> Running:

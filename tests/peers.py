@@ -4,6 +4,7 @@ They listen on a free port of 127.0.0.1, do what a test has scripted, and keep w
 script does not mention succeeds. `close()` leaves no socket, task or thread behind.
 """
 
+import abc
 import asyncio
 import base64
 import collections
@@ -28,7 +29,6 @@ from uuid import UUID, uuid4
 import aiohttp.web
 import http_ece
 import jwt
-import pytest
 import uvloop
 from aiosmtpd.smtp import MISSING, SMTP, AuthResult, Envelope, LoginPassword, Session
 from cryptography import x509
@@ -45,7 +45,14 @@ LOSE = "lose"  # take the mail, then close the connection before saying so
 ENDLESS = "endless"  # answer 500 with a body that never ends
 
 
-class Peer:
+async def hang_up_on_everybody() -> None:
+    """End what a client opened in the very moment in which a loop ends: Python would tell of a leak."""
+    for transport in list(getattr(asyncio.get_running_loop(), "_transports", {}).values()):
+        transport.abort()
+    await asyncio.sleep(0.01)
+
+
+class Peer(abc.ABC):
     """A server in a thread of its own; what it saw may be read from the test's thread."""
 
     def __init__(self) -> None:
@@ -82,9 +89,7 @@ class Peer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for transport in list(getattr(self.loop, "_transports", {}).values()):
-            transport.abort()  # of a client that came in this very moment
-        await asyncio.sleep(0.01)
+        await hang_up_on_everybody()
 
     def script(self, place: str, *answers: Any) -> None:
         """Give these answers there, one each time, then go on as usual."""
@@ -99,11 +104,13 @@ class Peer:
         queue = self.scripted[place]
         return queue.popleft() if queue else self.standing.get(place)
 
+    @abc.abstractmethod
     async def listen(self) -> None:
-        raise NotImplementedError
+        """Begin to answer."""
 
+    @abc.abstractmethod
     async def silence(self) -> None:
-        raise NotImplementedError
+        """Stop, and hang up on everybody."""
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 5) -> Any:
@@ -262,7 +269,7 @@ class Mailbox(Peer):
         """The answer at a place; hanging and dropping never return."""
         answer = self.next_answer(place)
         if answer in (DROP, LOSE) and server.transport:
-            server.transport.abort()  # type: ignore[attr-defined]
+            server.transport.abort()
         if answer in (HANG, DROP, LOSE):
             await asyncio.sleep(3600)
         return usual if answer is None else answer
@@ -564,24 +571,3 @@ def heard(peer: Any) -> str:
         else:
             told.append(json.dumps(message))
     return "\n".join(told)
-
-
-@pytest.fixture
-def mailbox() -> Iterator[Mailbox]:
-    """A mail server that takes everything."""
-    with running(Mailbox()) as peer:
-        yield peer
-
-
-@pytest.fixture
-def hookbox() -> Iterator[Hookbox]:
-    """A webhook receiver that takes everything."""
-    with running(Hookbox()) as peer:
-        yield peer
-
-
-@pytest.fixture
-def pushbox() -> Iterator[Pushbox]:
-    """A push service that takes what is signed and encrypted well."""
-    with running(Pushbox()) as peer:
-        yield peer

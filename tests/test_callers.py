@@ -136,7 +136,7 @@ def test_users_reach_neither_the_integration_nor_the_admin_api(alice: httpx.Clie
         problem(alice.request(method, path, json={} if method != "GET" else None), 403)
 
 
-def unsigned(claims: Json, header: Json) -> str:
+def unsigned(claims: Json, header: Any) -> str:
     parts = [
         base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in (header, claims)
     ]
@@ -154,17 +154,15 @@ def test_forged_stale_and_misused_tokens_are_401(service: Running, client: Clien
         "long user": jwt.encode(good | {"sub": "x" * 201}, SECRET),
         "NUL in the user": jwt.encode(good | {"sub": "a\0b"}, SECRET),
         "lone surrogate in the user": jwt.encode(good | {"sub": "a\ud800"}, SECRET),
-        "number as user": jwt.encode(good, SECRET).replace("x", "x"),
         "foreign key": jwt.encode(good, "another secret that is 32 bytes or more"),
         "wrong algorithm": jwt.encode(good, SECRET * 2, "HS512"),
         "no algorithm": unsigned(good, {"alg": "none", "typ": "JWT"}),
         "no algorithm, spelled oddly": unsigned(good, {"alg": "nOnE"}),
         "algorithm of another kind": unsigned(good, {"alg": 5}),
-        "header not an object": unsigned(good, []),  # type: ignore[arg-type]
+        "header not an object": unsigned(good, []),
         "a sign-in link's token": jwt.encode(good, gate.link_key),
         "the session cookie": sign_in("alice"),
     }
-    del forged["number as user"]
     for kind, token in forged.items():
         reply = client(service.url, token).get("/api/unread-count")
         assert reply.status_code == 401, kind

@@ -241,13 +241,30 @@ def test_who_is_erased_is_taken_off_a_list_that_waits(service: Running, api: htt
     assert sql("SELECT payload ->> 'user_ids' FROM intake") == [('["bob"]',)] * 2
 
 
-def test_what_is_scheduled_anew_is_not_taken_for_what_was_cancelled(api: httpx.Client, sql: Sql) -> None:
+def test_what_failed_is_taken_anew_by_a_repeated_request(api: httpx.Client, sql: Sql) -> None:
     body = BODY | {"idempotency_key": "again", "deliver_at": later(hours=1)}
     first = api.post("/api/notifications", json=body).json()["scheduled"]["id"]
     sql("UPDATE intake SET error = 'broken'")
     again = api.post("/api/notifications", json=body | {"title": "Mended"}).json()["scheduled"]["id"]
     assert sql("SELECT id::text, payload ->> 'title', error FROM intake") == [(first, "Mended", None)]
     assert first == again
+
+
+def test_what_is_scheduled_anew_is_not_taken_for_what_was_cancelled(
+    service: Running, api: httpx.Client, sql: Sql
+) -> None:
+    """The worker read the first one when it was due; before it is stored, it is cancelled and asked for again."""
+    body = BODY | {"idempotency_key": "again"}
+    first = api.post("/api/notifications", json=body | {"deliver_at": later(hours=1)}).json()["scheduled"][
+        "id"
+    ]
+    assert api.delete(f"/api/scheduled/{first}").status_code == 204
+    anew = body | {"title": "Another", "deliver_at": later(hours=2)}
+    assert api.post("/api/notifications", json=anew).json()["scheduled"]["id"] == first
+    for read in (body, body | {"title": ""}):
+        service.call(service.service.worker.take_in(app.UUID(first), app.Raw(app.encode(read).encode())))
+    assert sql("SELECT payload ->> 'title', error FROM intake") == [("Another", None)]
+    assert sql("SELECT count(*) FROM notifications") == [(0,)]
 
 
 def test_a_post_with_deliver_at_is_202_and_stored_when_due(

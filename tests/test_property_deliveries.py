@@ -82,13 +82,16 @@ class World:
         assert reply.status_code == 201, reply.text
         self.ids += [(user, result["id"]) for result in reply.json()["results"]]
 
-    def read(self, index: int, change: dict[str, bool] = {"read": True}) -> None:  # noqa: B006
+    def change(self, index: int, change: dict[str, bool]) -> None:
         if index < len(self.ids):
             user, id = self.ids[index]
             assert self.clients[user].patch(f"/api/notifications/{id}", json=change).status_code == 200
 
+    def read(self, index: int) -> None:
+        self.change(index, {"read": True})
+
     def archive(self, index: int) -> None:
-        self.read(index, {"archived": True})
+        self.change(index, {"archived": True})
 
     def resolve(self, key: str | None) -> None:
         self.api.post("/api/resolve", json={"subject_key": f"{self.users[0]} {key}"})

@@ -190,7 +190,7 @@ def ask(postgresql: Any) -> Callable[..., datetime | None]:
 
 
 def at(zone: str, *parts: int, fold: int = 0) -> datetime:
-    return datetime(*parts, tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC)  # type: ignore[misc]
+    return datetime(*parts, tzinfo=ZoneInfo(zone), fold=fold).astimezone(UTC)
 
 
 BERLIN, NEW_YORK, LORD_HOWE = "Europe/Berlin", "America/New_York", "Australia/Lord_Howe"
