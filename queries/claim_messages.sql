@@ -42,7 +42,7 @@ due AS MATERIALIZED (
     WHERE d.digest IS NULL
        OR d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
     ORDER BY d.available_at
-    LIMIT greatest(0, %(room)s::int)
+    LIMIT %(room)s::int
 ),
 -- Each message with its address (none: its target is gone) and with what it still has to say: the most
 -- severe first, then the newest. OFFSET 0 keeps the planner from joining whole tables where one row is
