@@ -1049,10 +1049,8 @@ def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
 
 def smtp_arguments(url: str) -> dict[str, Any]:
     """What `aiosmtplib.SMTP` wants to know of smtp[s]://user:pass@host:port?starttls=required|off."""
-    server, modes = (
-        URL(url.replace("\\", "%5C")),
-        {"": None, "starttls=required": True, "starttls=off": False},
-    )
+    server = URL(url.replace("\\", "%5C"))
+    modes = {"": None, "starttls=required": True, "starttls=off": False}
     secure = server.scheme == "smtps"
     if server.scheme not in ("smtp", "smtps") or not server.host or server.query_string not in modes:
         raise ValueError("expected smtp://[user:pass@]host[:port][?starttls=required|off] or smtps://…")

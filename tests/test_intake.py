@@ -257,9 +257,8 @@ def test_what_is_scheduled_anew_is_not_taken_for_what_was_cancelled(
 ) -> None:
     """The worker read the first one when it was due; before it is stored, it is cancelled and asked for again."""
     body = BODY | {"idempotency_key": "again"}
-    first = api.post("/api/notifications", json=body | {"deliver_at": later(hours=1)}).json()["scheduled"][
-        "id"
-    ]
+    scheduled = api.post("/api/notifications", json=body | {"deliver_at": later(hours=1)}).json()["scheduled"]
+    first = scheduled["id"]
     assert api.delete(f"/api/scheduled/{first}").status_code == 204
     anew = body | {"title": "Another", "deliver_at": later(hours=2)}
     assert api.post("/api/notifications", json=anew).json()["scheduled"]["id"] == first
