@@ -151,7 +151,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     created_at    timestamptz NOT NULL DEFAULT now(),
     finished_at   timestamptz,
     CONSTRAINT outbox_pkey PRIMARY KEY (user_id, id)
-);
+) WITH (fillfactor = 40);              -- claim and finish find room beside what they replace
 COMMENT ON TABLE outbox IS 'one message that leaves';
 CREATE UNIQUE INDEX IF NOT EXISTS outbox_window
     ON outbox (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL;
@@ -291,6 +291,8 @@ CROSS JOIN LATERAL (
 WHERE p.quiet_from <> p.quiet_to AND quiet.begins <= now() AND now() < quiet.ends;
 
 -- Upgrades: dated statements that bring an older release's tables up to what is written above.
+-- 2026-11-21: the outbox leaves room for the two versions that follow.
+ALTER TABLE outbox SET (fillfactor = 40);
 -- 2026-11-21: a browser's endpoint is unique, by another index.
 DROP INDEX IF EXISTS push_subscriptions_endpoint;
 -- 2026-11-21: what is archived but not read can be settled too; a payload may name its user in camelCase.
