@@ -496,6 +496,7 @@ class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; i
     event_name: str | None  # of a single one
     lines: list[Line]
     folded: bool = False  # a digest, even if one item is left
+    alone: bool = False  # it ended its worker before
 
 
 def outgoing(*row: Any) -> Outgoing | None:
@@ -1314,7 +1315,6 @@ class Outbound:
 
 WORKER_PATIENCE = 30.0  # seconds for a statement about many messages
 STOP_SECONDS = 8.0  # what is being sent may take this long when the process is told to stop
-QUARANTINE_SECONDS = 10.0  # a suspect waits this long for a natural pause before one is made
 PRUNE_SECONDS = 3600.0
 PRUNE_ROWS = 1000  # at a time, also of intake: no statement holds its locks for long
 
@@ -1348,8 +1348,6 @@ class Worker:
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
         self.claiming, self.finishing, self.ending = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
-        self.idle_at, self.looked_at = time.monotonic(), 0.0
-        self.suspect = False  # whether a message is due that ended its worker before
         self.stopping = False
 
     async def claim_loop(self) -> None:
@@ -1367,36 +1365,29 @@ class Worker:
         await asyncio.Event().wait()  # a loop that returned would be started again
 
     async def claim(self) -> int:
-        """Claim what is due and start sending it. A suspect runs alone: nothing else is in flight."""
-        now = time.monotonic()
-        if now - self.looked_at >= self.settings.poll_seconds:
-            self.looked_at = now
-            async with self.intake.turn:
-                await self.db.run("update_due_digests")
-            self.suspect = await self.db.maybe("get_suspect") is not None
-        if not self.in_flight:
-            self.idle_at = now
-            if self.suspect and (started := await self.start(room=1, alone=True)):
+        """Claim what is due, each provider its share, and send it in tasks; what may end us runs alone."""
+        room = self.settings.delivery_concurrency - len(self.in_flight) - len(self.results)
+        if room <= 0:
+            return 0
+        busy = encode(collections.Counter(message.provider for message in self.in_flight))
+        claimed = await self.db.many("claim_messages", outgoing, room=room, busy=busy)
+        for message in filter(None, claimed):
+            self.in_flight[message] = asyncio.create_task(self.deliver(message))
+            if message.alone:
                 await self.all_ended()
-                return started
-        elif self.suspect and now - self.idle_at > QUARANTINE_SECONDS:
-            await self.all_ended()
-            return 1
-        return await self.start(self.settings.delivery_concurrency - len(self.in_flight) - len(self.results))
+        return len(claimed)
+
+    async def digest_loop(self) -> None:
+        """Let go or hold back the digests that are due."""
+        while True:
+            async with self.claiming, self.intake.turn:
+                if await self.db.run("update_due_digests"):
+                    self.wake.set()
+            await asyncio.sleep(self.settings.poll_seconds)
 
     async def all_ended(self) -> None:
         if self.in_flight:
             await asyncio.wait(self.in_flight.values())
-
-    async def start(self, room: int, alone: bool = False) -> int:
-        """Claim up to `room` messages, each provider its share, and send them in tasks of their own."""
-        if room <= 0:
-            return 0
-        busy = encode(collections.Counter(message.provider for message in self.in_flight))
-        claimed = await self.db.many("claim_messages", outgoing, room=room, alone=alone, busy=busy)
-        for message in filter(None, claimed):
-            self.in_flight[message] = asyncio.create_task(self.deliver(message))
-        return len(claimed)
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
@@ -2200,7 +2191,7 @@ class Service:
         loops |= {f"list {n}": self.lists.run for n in range(READERS)}
         loops |= {"listen": self.hub.listen_loop, "tell": self.hub.tell_loop}
         if self.settings.delivery_concurrency:
-            loops |= {"claim": worker.claim_loop, "finish": worker.finish_loop}
+            loops |= {"claim": worker.claim_loop, "digests": worker.digest_loop, "finish": worker.finish_loop}
         try:
             await self.pool.open(wait=True, timeout=10)
             await self.outbound.open()

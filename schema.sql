@@ -165,7 +165,7 @@ CREATE INDEX IF NOT EXISTS outbox_digests
 CREATE INDEX IF NOT EXISTS outbox_faults ON outbox (provider) WHERE faults > 0 AND state = 'pending';
     -- serves: finish_messages (what a pause gives back)
 CREATE INDEX IF NOT EXISTS outbox_suspects ON outbox (available_at) WHERE crashes >= 2;
-    -- serves: get_suspect
+    -- serves: claim_messages (what is to run alone)
 CREATE INDEX IF NOT EXISTS outbox_finished
     ON outbox (finished_at) WHERE finished_at IS NOT NULL;
     -- serves: prune_messages, get_stats

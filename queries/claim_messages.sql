@@ -22,20 +22,39 @@ room AS (
     LEFT JOIN probing q ON q.provider = p.name
     WHERE p.name IS NOT NULL AND (b.paused_until IS NULL OR q.provider IS NOT NULL)
 ),
+-- What ended its worker three times is to run alone: it waits until nothing is under way here, and when it
+-- has been due for ten seconds nothing else is begun.
+suspect AS MATERIALIZED (
+    SELECT s.provider, %(busy)s::jsonb = '{}' AS alone, s.available_at < now() - interval '10 seconds' AS overdue
+    FROM (
+        SELECT o.provider, o.available_at FROM outbox o
+        WHERE o.crashes >= 2  -- as the index outbox_suspects has it
+          AND o.crashes + (o.state = 'sending')::int >= 3
+          AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
+          AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
+        OFFSET 0
+    ) s
+    JOIN room ON room.name = s.provider
+    ORDER BY s.available_at
+    LIMIT 1
+),
 -- The oldest due ones, locked; an expired lease is due again and counts as a crash.
 due AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.created_at,
            d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, room.probes
     FROM room
+    LEFT JOIN suspect ON true
     CROSS JOIN LATERAL (
         SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.created_at,
                o.provider, o.available_at, o.crashes, o.xmin AS version, o.ctid AS place
         FROM outbox o
         WHERE o.provider = room.name AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
           AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
-          AND (o.crashes + (o.state = 'sending')::int >= 3) = %(alone)s::boolean
+          AND (o.crashes + (o.state = 'sending')::int >= 3) = coalesce(suspect.alone, false)
         ORDER BY o.available_at
-        LIMIT greatest(0, least(room.free, %(room)s::int))
+        LIMIT CASE WHEN suspect.alone THEN (suspect.provider = room.name)::int
+                   WHEN suspect.overdue THEN 0
+                   ELSE greatest(0, least(room.free, %(room)s::int)) END
         FOR UPDATE SKIP LOCKED
     ) d
     -- What joined a digest since this statement began cannot be seen here and would be lost in it.
@@ -152,7 +171,7 @@ claimed AS (
               o.user_id, CASE WHEN d.verdict = 'sending' THEN o.id END AS id, o.claim_seq, d.channel, d.provider,
               coalesce(d.locale, 'en') AS locale, d.created_at, d.address, d.total,
               CASE WHEN d.total = 1 THEN d.event_name END AS single_name, array_to_json(d.lines) AS lines,
-              d.digest IS NOT NULL AS folded
+              d.digest IS NOT NULL AS folded, d.crashes >= 3 AS alone
 ),
 -- What became needless or unwanted since it was created.
 suppressed AS (
@@ -172,5 +191,5 @@ given_up AS (
 )
 -- The fields of a Line and then of Outgoing: to build JSON of them would cost as much as all the looking.
 SELECT newest_id, text, event_name, severity, told_at, user_id, id, claim_seq, channel, provider, locale, created_at,
-       address, total, newest_id, single_name, lines, folded
+       address, total, newest_id, single_name, lines, folded, alone
 FROM claimed

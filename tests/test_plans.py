@@ -43,7 +43,7 @@ ITEMS = [
     for n in range(32)
 ]
 PAGE = {"user_id": HEAVY, "cursor": None, "archived": False, "unread": False, "event": None, "limit": 30}
-CLAIM = {"room": 16, "alone": False, "share": 4, "busy": "{}", "lease": 60, "mail": True}
+CLAIM = {"room": 16, "share": 4, "busy": "{}", "lease": 60, "mail": True}
 RESULTS = json.dumps([{"user_id": HEAVY, "id": ID, "claim_seq": 1, "verdict": "sent"}])
 CASES = {
     "list_notifications": {"items": json.dumps([PAGE])},

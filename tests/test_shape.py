@@ -41,7 +41,6 @@ FOR_EVERYBODY = {
     ("finish_messages", "outbox"): "a provider's pause gives its faults back to all who wait for it",
     ("get_stats", "deliveries"): "counts for admins, of nobody in particular",
     ("get_stats", "outbox"): "counts for admins, of nobody in particular",
-    ("get_suspect", "outbox"): "the worker looks for what ended it before",
     ("prune_deliveries", "deliveries"): "retention is by age",
     ("prune_messages", "outbox"): "retention is by age",
     ("prune_notifications", "notifications"): "retention is by age",
