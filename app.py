@@ -1317,25 +1317,11 @@ WORKER_PATIENCE = 30.0  # seconds for a statement about many messages
 STOP_SECONDS = 8.0  # what is being sent may take this long when the process is told to stop
 PRUNE_SECONDS = 3600.0
 PRUNE_ROWS = 1000  # at a time, also of intake: no statement holds its locks for long
-
-
-class METRICS:
-    """What GET /metrics counts; the gauges are asked of the service when they are read."""
-
-    registry = prometheus_client.CollectorRegistry()
-    counter = functools.partial(prometheus_client.Counter, registry=registry)
-    gauge = functools.partial(prometheus_client.Gauge, registry=registry)
-    histogram = functools.partial(prometheus_client.Histogram, registry=registry)
-    requests = counter("bellhop_requests", "Requests by route and status", ["route", "status"])
-    attempt = ["channel", "state", "verdict"]
-    deliveries = counter("bellhop_messages", "Attempts by channel, state after it and verdict", attempt)
-    leases_lost = counter("bellhop_leases_lost", "Results that came after the lease had ended")
-    sizes = [2**power for power in range(11)]
-    batch = histogram("bellhop_create_batch", "Notifications per create statement", buckets=sizes)
-    oldest = gauge("bellhop_oldest_due_seconds", "Age of the oldest message that is due")
-    statuses = gauge("bellhop_deliveries", "Deliveries by outcome", ["channel", "status", "reason"])
-    breakers = gauge("bellhop_breaker_open", "1 while a provider is paused", ["provider"])
-    pool = gauge("bellhop_pool", "Database connections and waiting requests", ["what"])
+REGISTRY = prometheus_client.CollectorRegistry()
+METRICS: dict[str, Any] = {  # what GET /metrics tells; the gauges are asked for when they are read
+    name: getattr(prometheus_client, about.pop("kind"))(f"bellhop_{name}", registry=REGISTRY, **about)
+    for name, about in msgspec.json.decode((HERE / "templates/metrics.json").read_bytes()).items()
+}
 
 
 class Worker:
@@ -1415,9 +1401,9 @@ class Worker:
                 return
             written = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
             del self.results[: len(results)]
-        METRICS.leases_lost.inc(len(results) - sum(times for *_, times in written))
+        METRICS["leases_lost"].inc(len(results) - sum(times for *_, times in written))
         for *attempt, times in written:
-            METRICS.deliveries.labels(*attempt).inc(times)
+            METRICS["messages"].labels(*attempt).inc(times)
 
     async def intake_loop(self) -> None:
         """Store what other programs and callers left for now, in the statement that takes it out."""
@@ -1999,17 +1985,15 @@ async def get_readiness(ask: Ask) -> Any:
 
 async def get_metrics(ask: Ask) -> Reply:
     """Everything countable, as Prometheus reads it."""
-    stats = plain(await ask.bell.db.one("get_stats"))
-    METRICS.oldest.set(stats["oldest_due_seconds"] or 0)
-    METRICS.statuses.clear()
-    METRICS.breakers.clear()
-    for row in stats["outcomes"]:
-        METRICS.statuses.labels(row["channel"], row["status"], row["reason"]).set(row["n"])
-    for row in stats["breakers"]:
-        METRICS.breakers.labels(row["provider"]).set(row["paused_until"] is not None)
-    for what in ("pool_size", "pool_available", "requests_waiting"):
-        METRICS.pool.labels(what).set(ask.bell.pool.get_stats().get(what, 0))
-    text = prometheus_client.generate_latest(METRICS.registry)
+    pool = encode(ask.bell.pool.get_stats())
+    rows = await ask.bell.db.many("list_gauges", lambda *row: row, pool=pool)
+    for metric in METRICS.values():
+        if isinstance(metric, prometheus_client.Gauge):
+            metric.clear()
+    for name, labels, value in rows:
+        gauge = METRICS[name].labels(*labels) if labels else METRICS[name]
+        gauge.set(value)
+    text = prometheus_client.generate_latest(REGISTRY)
     return Reply(text, 200, PRIVATE, prometheus_client.CONTENT_TYPE_LATEST)
 
 
@@ -2172,7 +2156,7 @@ class Service:
 
     def after_store(self, rows: list[Result]) -> None:
         """Tell the inboxes that grew."""
-        METRICS.batch.observe(len(rows))
+        METRICS["create_batch"].observe(len(rows))
         for user in {row.user_id for row in rows if row.inserted}:
             self.changed(user)
         if any(row.leaves for row in rows):
@@ -2331,7 +2315,7 @@ async def answer(ask: Ask, route: Route) -> Any:
 @functools.cache
 def answers(path: str, status: int) -> Any:
     """Counts answers by route, not by path, of which there are endless ones."""
-    return METRICS.requests.labels(path, status)
+    return METRICS["requests"].labels(path, status)
 
 
 class Answering:

@@ -224,7 +224,7 @@ def test_what_joins_between_a_look_and_its_lock_is_not_lost(
             "INSERT INTO rate_limits VALUES ('alice', 'email', %s, date_trunc('minute', now()), 9)",
             app.NO_TARGET,
         )
-        bound = service.service.db.bound | {"room": 9, "alone": False, "share": 9, "busy": "{}", "mail": True}
+        bound = service.service.db.bound | {"room": 9, "share": 9, "busy": "{}", "mail": True}
         bound["limits"] = '{"email": 1}'
         slow = threading.Thread(target=run, args=(database, nap(name), bound))
         slow.start()

@@ -87,7 +87,7 @@ def test_results_that_come_too_late_are_counted(
     service: Running, post: Post, mailbox: Mailbox, api: httpx.Client, sql: Sql, drain: Callable[[], None]
 ) -> None:
     def lost() -> float:
-        return app.METRICS.leases_lost._value.get()
+        return app.METRICS["leases_lost"]._value.get()
 
     before = lost()
     mailbox.script("DATA", HANG)

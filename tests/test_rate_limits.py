@@ -177,7 +177,7 @@ def test_a_batch_digest_within_the_limit_costs_one_message(
 def test_a_due_digest_is_not_claimed_before_its_minute_had_room_for_it(
     service: Running, mail_to_alice: None, burst: Any, sql: Sql
 ) -> None:
-    given = {"room": 9, "share": 9, "busy": "{}", "alone": False, "mail": True}
+    given = {"room": 9, "share": 9, "busy": "{}", "mail": True}
     with service.paused():
         burst(2, batch_key="a")
         sql("UPDATE outbox SET available_at = now()")

@@ -41,6 +41,8 @@ FOR_EVERYBODY = {
     ("finish_messages", "outbox"): "a provider's pause gives its faults back to all who wait for it",
     ("get_stats", "deliveries"): "counts for admins, of nobody in particular",
     ("get_stats", "outbox"): "counts for admins, of nobody in particular",
+    ("list_gauges", "deliveries"): "counts for operators, of nobody in particular",
+    ("list_gauges", "outbox"): "counts for operators, of nobody in particular",
     ("prune_deliveries", "deliveries"): "retention is by age",
     ("prune_messages", "outbox"): "retention is by age",
     ("prune_notifications", "notifications"): "retention is by age",

@@ -63,7 +63,7 @@ async def with_bellhop(url: str, home: str) -> float:
         await connection.execute("ANALYZE")
         gc.collect()
         gc.freeze()  # as `bellhop serve` does
-        written = app.METRICS.deliveries.labels("email", "sent", "sent")
+        written = app.METRICS["messages"].labels("email", "sent", "sent")
         goal = written._value.get() + MESSAGES
         worker, started = service.worker, time.perf_counter()
         service.outbound.send = nothing
