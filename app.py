@@ -935,11 +935,10 @@ class Shared:
 
     async def run(self) -> None:
         """Answer what waits: while one batch is under way the next one grows."""
-        while True:
-            await self.arrived.wait()
-            self.arrived.clear()
-            while self.waiting:
-                await self.answer(self.take())
+        await self.arrived.wait()
+        self.arrived.clear()
+        while self.waiting:
+            await self.answer(self.take())
 
     def take(self) -> list[Waiting]:
         """The requests of the next statement; those whose callers gave up are left out."""
@@ -1336,24 +1335,22 @@ class Worker:
         self.claiming, self.finishing, self.ending = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         self.stopping = False
 
-    async def claim_loop(self) -> None:
-        """Claim whenever something may be due and there is room."""
-        while not self.stopping:
-            self.wake.clear()
-            async with self.claiming:
-                found = await self.claim()
-            await asyncio.sleep(0)  # what has nothing to wait for ends here
-            # One statement takes all it may: while messages are under way, the next is due when one ends.
-            if not found or self.in_flight:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.settings.poll_seconds):  # wait_for may swallow a cancel
-                        await self.wake.wait()
-        await asyncio.Event().wait()  # a loop that returned would be started again
+    async def claim_turn(self) -> None:
+        """Claim what may be due, then wait for more or for room."""
+        self.wake.clear()
+        async with self.claiming:
+            found = await self.claim()
+        await asyncio.sleep(0)  # what has nothing to wait for ends here
+        # One statement takes all it may: while messages are under way, the next is due when one ends.
+        if not found or self.in_flight:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.poll_seconds):  # wait_for may swallow a cancel
+                    await self.wake.wait()
 
     async def claim(self) -> int:
         """Claim what is due, each provider its share, and send it in tasks; what may end us runs alone."""
         room = self.settings.delivery_concurrency - len(self.in_flight) - len(self.results)
-        if room <= 0:
+        if room <= 0 or self.stopping:
             return 0
         busy = encode(collections.Counter(message.provider for message in self.in_flight))
         claimed = await self.db.many("claim_messages", outgoing, room=room, busy=busy)
@@ -1363,13 +1360,12 @@ class Worker:
                 await self.all_ended()
         return len(claimed)
 
-    async def digest_loop(self) -> None:
+    async def digest_turn(self) -> None:
         """Let go or hold back the digests that are due."""
-        while True:
-            async with self.claiming, self.intake.turn:
-                if await self.db.run("update_due_digests"):
-                    self.wake.set()
-            await asyncio.sleep(self.settings.poll_seconds)
+        async with self.claiming, self.intake.turn:
+            if await self.db.run("update_due_digests"):
+                self.wake.set()
+        await asyncio.sleep(self.settings.poll_seconds)
 
     async def all_ended(self) -> None:
         if self.in_flight:
@@ -1385,14 +1381,13 @@ class Worker:
         self.results.append(key | msgspec.to_builtins(outcome) | {"email": message.address.get("email")})
         self.done.set()
 
-    async def finish_loop(self) -> None:
+    async def finish_turn(self) -> None:
         """Write results down, many in one statement."""
-        while True:
-            if not self.results:
-                self.done.clear()
-                await self.done.wait()
-            await self.finish()
-            self.wake.set()
+        if not self.results:
+            self.done.clear()
+            await self.done.wait()
+        await self.finish()
+        self.wake.set()
 
     async def finish(self) -> None:
         """Write down the results so far; what cannot be written now is kept."""
@@ -1405,13 +1400,12 @@ class Worker:
         for *attempt, times in written:
             METRICS["messages"].labels(*attempt).inc(times)
 
-    async def intake_loop(self) -> None:
+    async def intake_turn(self) -> None:
         """Store what other programs and callers left for now, in the statement that takes it out."""
-        while True:
-            rows = await self.db.many("list_due_intake", room=PRUNE_ROWS)
-            await asyncio.gather(*(self.take_in(**row) for row in rows))
-            if not rows:
-                await asyncio.sleep(self.settings.poll_seconds)
+        rows = await self.db.many("list_due_intake", room=PRUNE_ROWS)
+        await asyncio.gather(*(self.take_in(**row) for row in rows))
+        if not rows:
+            await asyncio.sleep(self.settings.poll_seconds)
 
     async def take_in(self, id: UUID, payload: Raw) -> None:
         """Move one row of intake to where it belongs, or say in it what is wrong."""
@@ -1432,13 +1426,12 @@ class Worker:
                 log.error("intake %s: %s", id, describe(error))
             await self.db.run("update_intake", id=id, error=problem.detail or PROBLEMS[problem.code][1])
 
-    async def prune_loop(self) -> None:
+    async def prune_turn(self) -> None:
         """Forget what is past its retention, a bounded number of rows at a time."""
-        while True:
-            for name in ("prune_messages", "prune_deliveries", "prune_notifications", "prune_rate_limits"):
-                while await self.db.run(name, room=PRUNE_ROWS) >= PRUNE_ROWS:
-                    await asyncio.sleep(0.05)
-            await asyncio.sleep(PRUNE_SECONDS)
+        for name in ("prune_messages", "prune_deliveries", "prune_notifications", "prune_rate_limits"):
+            while await self.db.run(name, room=PRUNE_ROWS) >= PRUNE_ROWS:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(PRUNE_SECONDS)
 
     async def stop(self) -> None:
         """Let what is under way end, write it down, give the rest back; a second call waits for this."""
@@ -1512,14 +1505,14 @@ class Hub:
             self.users.add(user_id)
             self.told.set()
 
-    async def tell_loop(self) -> None:
+    async def tell(self) -> None:
         """One NOTIFY for all that changed meanwhile; more than it can carry means everybody."""
-        while await self.told.wait():
-            self.told.clear()
-            users, self.users = encode(sorted(self.users)), set()
-            await self.bell.db.many("record_change", users=users if len(users) < 2000 else "[]")
+        await self.told.wait()
+        self.told.clear()
+        users, self.users = encode(sorted(self.users)), set()
+        await self.bell.db.many("record_change", users=users if len(users) < 2000 else "[]")
 
-    async def listen_loop(self) -> None:
+    async def listen(self) -> None:
         """Pass on what others tell; a word from a newcomer is also when to count again."""
         async with await connect(self.bell.settings.database_url) as connection:
             await connection.execute("SET application_name TO 'bellhop live'")
@@ -1936,29 +1929,30 @@ async def get_asset(ask: Ask) -> Reply:
 
 
 class Loops:
-    """The background loops: each is started again when it fails, and shows how it fares."""
+    """The background loops: each takes one turn after the other, and shows how it fares."""
 
     def __init__(self) -> None:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.down: set[str] = set()
 
-    def start(self, loops: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
-        self.tasks = {name: asyncio.create_task(self.supervise(name, run)) for name, run in loops.items()}
+    def start(self, turns: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
+        self.tasks = {name: asyncio.create_task(self.repeat(name, turn)) for name, turn in turns.items()}
 
-    async def supervise(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
-        """Run a loop for ever; after a failure again, a little later each time."""
-        pause = 0.1
+    async def repeat(self, name: str, turn: Callable[[], Awaitable[None]]) -> None:
+        """Take turns for ever; after a failure the next one a little later each time."""
+        pause = 0.0
         while True:
-            started = time.monotonic()
             self.down.discard(name)
             try:
-                await run()
+                await turn()
+                pause = 0.0
             except Exception as error:
                 log.error("loop %s failed: %s", name, describe(error))
+                pause = min(5.0, pause * 2 + 0.1)
             finally:
                 self.down.add(name)
-            pause = 0.1 if time.monotonic() - started > 30 else min(5.0, pause * 2)
-            await asyncio.sleep(pause)
+            if pause:
+                await asyncio.sleep(pause)
 
     async def stop(self) -> None:
         for task in self.tasks.values():
@@ -2171,11 +2165,11 @@ class Service:
     async def running(self, _: Litestar) -> AsyncIterator[None]:
         """Connections and loops while this is open, on a database that prepare() made ready."""
         worker = self.worker
-        loops = {"create": self.intake.run, "intake": worker.intake_loop, "prune": worker.prune_loop}
+        loops = {"create": self.intake.run, "intake": worker.intake_turn, "prune": worker.prune_turn}
         loops |= {f"list {n}": self.lists.run for n in range(READERS)}
-        loops |= {"listen": self.hub.listen_loop, "tell": self.hub.tell_loop}
+        loops |= {"listen": self.hub.listen, "tell": self.hub.tell}
         if self.settings.delivery_concurrency:
-            loops |= {"claim": worker.claim_loop, "digests": worker.digest_loop, "finish": worker.finish_loop}
+            loops |= {"claim": worker.claim_turn, "digests": worker.digest_turn, "finish": worker.finish_turn}
         try:
             await self.pool.open(wait=True, timeout=10)
             await self.outbound.open()

@@ -34,7 +34,7 @@ def prune(service: Running) -> Callable[[], None]:
         before = service.service.loops.tasks["prune"]
 
         async def again() -> None:
-            task = app.asyncio.create_task(worker.prune_loop())
+            task = app.asyncio.create_task(worker.prune_turn())
             await app.asyncio.sleep(0.3)
             task.cancel()
 

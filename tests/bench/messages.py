@@ -51,7 +51,8 @@ async def with_bellhop(url: str, home: str) -> float:
     await app.prepare(settings)
     service = app.Service(settings)
     await service.pool.open(wait=True)
-    storing = asyncio.create_task(service.intake.run())
+    storing, sending = app.Loops(), app.Loops()
+    storing.start({"create": service.intake.run})
     async with await app.connect(url) as connection:
         await connection.execute(
             "INSERT INTO notification_preferences (user_id, email, email_enabled)"
@@ -67,16 +68,15 @@ async def with_bellhop(url: str, home: str) -> float:
         goal = written._value.get() + MESSAGES
         worker, started = service.worker, time.perf_counter()
         service.outbound.send = nothing
-        loops = [asyncio.create_task(run()) for run in (worker.claim_loop, worker.finish_loop)]
+        sending.start({"claim": worker.claim_turn, "finish": worker.finish_turn})
         # Counted after the COMMIT of each finish; asking the database all the time would take a core from it.
         while written._value.get() < goal:
             await asyncio.sleep(0.005)
         seconds = time.perf_counter() - started
         sent = await (await connection.execute(SENT)).fetchone()
         assert sent == (MESSAGES,), f"{sent} of {MESSAGES} sent"
-    for task in (storing, *loops):
-        task.cancel()
-    await asyncio.gather(storing, *loops, return_exceptions=True)
+    for loops in (sending, storing):
+        await loops.stop()
     await service.pool.close()
     return seconds
 
