@@ -1332,7 +1332,7 @@ class Worker:
         self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
-        self.claiming, self.finishing, self.ending = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
+        self.claiming, self.ending = asyncio.Lock(), asyncio.Lock()
         self.stopping = False
 
     async def claim_turn(self) -> None:
@@ -1357,7 +1357,7 @@ class Worker:
         for message in filter(None, claimed):
             self.in_flight[message] = asyncio.create_task(self.deliver(message))
             if message.alone:
-                await self.all_ended()
+                await asyncio.wait(self.in_flight.values())
         return len(claimed)
 
     async def digest_turn(self) -> None:
@@ -1366,10 +1366,6 @@ class Worker:
             if await self.db.run("update_due_digests"):
                 self.wake.set()
         await asyncio.sleep(self.settings.poll_seconds)
-
-    async def all_ended(self) -> None:
-        if self.in_flight:
-            await asyncio.wait(self.in_flight.values())
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
@@ -1382,23 +1378,17 @@ class Worker:
         self.done.set()
 
     async def finish_turn(self) -> None:
-        """Write results down, many in one statement."""
+        """Write the results so far down, many in one statement; what cannot be written now is kept."""
         if not self.results:
             self.done.clear()
             await self.done.wait()
-        await self.finish()
-        self.wake.set()
-
-    async def finish(self) -> None:
-        """Write down the results so far; what cannot be written now is kept."""
-        async with self.finishing:
-            if not (results := self.results.copy()):
-                return
-            written = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
-            del self.results[: len(results)]
+        results = self.results.copy()
+        written = await self.db.many("finish_messages", lambda *row: row, results=encode(results))
+        del self.results[: len(results)]
         METRICS["leases_lost"].inc(len(results) - sum(times for *_, times in written))
         for *attempt, times in written:
             METRICS["messages"].labels(*attempt).inc(times)
+        self.wake.set()
 
     async def intake_turn(self) -> None:
         """Store what other programs and callers left for now, in the statement that takes it out."""
@@ -1439,14 +1429,16 @@ class Worker:
         async with self.ending:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_SECONDS), self.claiming:
-                    await self.all_ended()
+                    if self.in_flight:
+                        await asyncio.wait(self.in_flight.values())
             left = list(self.in_flight)
             for task in self.in_flight.values():
                 task.cancel()
             async with asyncio.timeout(1):  # the process has ten seconds to end
-                await self.finish()
                 if left:
                     await self.db.run("release_messages", results=encode(left))
+                while self.results:  # the finish loop is at it
+                    await asyncio.sleep(0.01)
 
 
 # ═══ 9 · Live ═════════════════════════════════════════════════════════════════════════════════
