@@ -1971,8 +1971,7 @@ async def get_readiness(ask: Ask) -> Any:
 
 async def get_metrics(ask: Ask) -> Reply:
     """Everything countable, as Prometheus reads it."""
-    pool = encode(ask.bell.pool.get_stats())
-    rows = await ask.bell.db.many("list_gauges", lambda *row: row, pool=pool)
+    rows = await ask.bell.db.many("list_gauges", lambda *row: row, pool=encode(ask.bell.pool.get_stats()))
     for metric in METRICS.values():
         if isinstance(metric, prometheus_client.Gauge):
             metric.clear()

@@ -195,6 +195,19 @@ def test_a_suspect_gets_its_turn_under_unceasing_load(
         thread.join()
 
 
+def test_a_suspect_that_may_not_leave_yet_holds_nobody_up(
+    service: Running, worker: Any, post: Post, api: httpx.Client, hookbox: Hookbox, sql: Sql
+) -> None:
+    api.post("/api/webhooks", json={"url": hookbox.url})
+    with service.paused():
+        post(severity="warning")
+        sql("UPDATE outbox SET state = 'sending', crashes = 5, available_at = now() - interval '1 minute'"
+            " WHERE channel = 'email'")  # fmt: skip
+        assert worker("claim_messages", busy='{"email": 1}') == []
+        sql("INSERT INTO breakers VALUES ('email', 10, now() + interval '20 seconds')")
+        assert [message.channel for message in worker("claim_messages", busy='{"email": 1}')] == ["webhook"]
+
+
 def test_at_the_tenth_crash_a_message_is_dead_while_others_flow(
     service: Running, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None], api: httpx.Client
 ) -> None:
