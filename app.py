@@ -263,15 +263,7 @@ Clock = Annotated[str, look(r"([01]\d|2[0-3]):[0-5]\d", "must be a time such as 
 LOCALE = r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*"
 Locale = Annotated[str, look(LOCALE, "must be a language such as en or pt-BR", 35)]
 TimeZone = Annotated[str, look(r"[A-Za-z][A-Za-z0-9_+\-/]*", "must be a time zone such as Europe/Berlin", 64)]
-HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")
-
-
-class FieldError(ValueError):
-    """A value that a type alone cannot judge; names its field."""
-
-    def __init__(self, field: str, wanted: str) -> None:
-        super().__init__(wanted)
-        self.field = field
+HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")  # PostgreSQL writes all digits out
 
 
 class Body(Struct, forbid_unknown_fields=True):
@@ -298,9 +290,9 @@ class NotificationCreate(Body):
     def __post_init__(self) -> None:
         data = bytes(self.data)
         if not data.startswith(b"{") or len(data) > 16 * 1024:
-            raise FieldError("data", "Expected `object` of at most 16 KB")
+            raise Problem("invalid", "Expected `object` of at most 16 KB", "data")
         if len(data) > 2 and HUGE_NUMBER.search(re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data)):
-            raise FieldError("data", "Expected numbers below 1e400")  # PostgreSQL writes all digits out
+            raise Problem("invalid", "Expected numbers below 1e400", "data")
 
 
 class Batch(Body):
@@ -337,7 +329,7 @@ class NotificationPatch(Body):
 
     def __post_init__(self) -> None:
         if self.read is None and self.archived is None:
-            raise FieldError("read", "Expected read, archived or both")
+            raise Problem("invalid", "Expected read, archived or both", "read")
 
 
 def optional(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
@@ -372,7 +364,8 @@ class PushKeys(Struct):
         try:
             seal_push(b"", base64url_decode(self.p256dh), base64url_decode(self.auth))
         except ValueError:
-            raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url") from None
+            words = "Expected a P-256 point, and auth of 16 bytes, in base64url"
+            raise Problem("invalid", words, "p256dh") from None
 
 
 class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
@@ -641,13 +634,13 @@ BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}  
 HEADERS_BESIDE = {"unauthorized": {"WWW-Authenticate": "Bearer"}, "database_away": {"Retry-After": "2"}}
 
 
-class Problem(Exception):
-    """A failure with its answer."""
+class Problem(ValueError):
+    """A failure with its answer; raised while a body is decoded, msgspec says where in it."""
 
     def __init__(self, code: str, words: str = "", field: str = "") -> None:
-        super().__init__(code)
+        super().__init__(words or PROBLEMS[code][1])
         self.code, self.field = code, field
-        self.detail = f"{field}: {words}" if field else words
+        self.detail = f"{field}: {words}" if field else str(self)
 
 
 def explain(error: Exception) -> tuple[str, str]:
@@ -666,7 +659,7 @@ def as_problem(error: Exception) -> Problem:
     match error:
         case Problem():
             return error
-        case msgspec.ValidationError() | FieldError():
+        case msgspec.ValidationError():
             words, field = explain(error)
             return Problem("invalid", words if field else f"The body: {words}", field)
         case msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():
@@ -690,10 +683,10 @@ def answer_error(ask: Ask, error: Exception) -> Reply:
         log.error("%s %s failed: %s", ask.scope["method"], ask.scope["path"], describe(error))
     if problem.code == "database_away":
         ask.bell.look_after_pool()
-    detail = problem.detail or title
-    told = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": problem.code}
+    told = {"type": "about:blank", "title": title, "status": status}
+    told |= {"detail": problem.detail, "code": problem.code}
     if problem.field:
-        told["errors"] = [{"field": problem.field, "message": detail}]
+        told["errors"] = [{"field": problem.field, "message": problem.detail}]
     beside = error.headers if isinstance(error, HTTPException) else HEADERS_BESIDE.get(problem.code)
     return Reply(told, status, PRIVATE | (beside or {}), "application/problem+json")
 
@@ -893,7 +886,7 @@ def snake_keys(body: bytes | Raw) -> bytes:
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         if snake in renamed:
-            raise FieldError(snake, "Given twice")
+            raise Problem("invalid", "Given twice", snake)
         many = snake == "notifications" and bytes(value).startswith(b"[")
         items = map(snake_keys, msgspec.json.decode(value, type=list[Raw])) if many else ()
         renamed[snake] = Raw(b"[%s]" % b",".join(items)) if many else value
@@ -905,11 +898,11 @@ def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> li
     if caller.kind == "demo" and asked.user_id is None and asked.user_ids is None:
         return [caller.user_id]
     if caller.kind == "demo":
-        raise FieldError("user_id", "A demo user writes to itself only")
+        raise Problem("invalid", "A demo user writes to itself only", "user_id")
     if asked.user_ids is not None and asked.user_id is None and not place:
         return list(dict.fromkeys(asked.user_ids))
     if asked.user_id is None or asked.user_ids is not None:
-        raise FieldError(f"{place}user_id", "Expected one recipient")
+        raise Problem("invalid", "Expected one recipient", f"{place}user_id")
     return [asked.user_id]
 
 
@@ -1137,7 +1130,7 @@ def new_webhook_secret(secret: str, key: bytes = b"") -> tuple[str, bytes]:
 def check_scheme(settings: Settings, field: str, url: str | UnsetType) -> None:
     """Plain http is for addresses that are allowed by name."""
     if url and url.lower().startswith("http:") and not settings.outbound_allow:
-        raise FieldError(field, "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
+        raise Problem("invalid", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://", field)
 
 
 class Outbound:
@@ -1442,7 +1435,7 @@ class Worker:
             compact = msgspec.json.format(bytes(payload), indent=-1)  # jsonb's spaces are not the caller's
             asked = decode_body(compact, NotificationCreate)
             if asked.deliver_at is not None:
-                raise FieldError("deliver_at", "Expected in the column due_at")
+                raise Problem("invalid", "Expected in the column due_at", "deliver_at")
             items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
             for item in items:
                 item.intake = id
@@ -1453,7 +1446,7 @@ class Worker:
                 raise
             if problem.code == "internal":
                 log.error("intake %s: %s", id, describe(error))
-            await self.db.run("update_intake", id=id, error=problem.detail or PROBLEMS[problem.code][1])
+            await self.db.run("update_intake", id=id, error=problem.detail)
 
     async def prune_loop(self) -> None:
         """Forget what is past its retention, a bounded number of rows at a time."""
@@ -1643,7 +1636,7 @@ class Ask:
         if (user_id := named.get("user_id")) is None:
             return named
         if len(user_id) > 200 or "\0" in user_id:
-            raise FieldError("user_id", "Expected at most 200 characters, and no NUL")
+            raise Problem("invalid", "Expected at most 200 characters, and no NUL", "user_id")
         return {"user_id": user_id.replace(QUOTED_SLASH, "/")}
 
     @property
@@ -1677,7 +1670,7 @@ def header_key(ask: Ask) -> str | None:
     """The Idempotency-Key header, within the bounds of a key."""
     key = ask.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key := key.encode("latin-1").decode()) <= 255:
-        raise FieldError("Idempotency-Key", "Expected 1 to 255 characters")
+        raise Problem("invalid", "Expected 1 to 255 characters", "Idempotency-Key")
     return key
 
 
@@ -1693,7 +1686,7 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     items = [make_item(user, asked, key) for user in users]
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
-            raise FieldError("deliver_at", "Expected a single user_id with it")
+            raise Problem("invalid", "Expected a single user_id with it", "deliver_at")
         key = items[0].asked.idempotency_key
         # One made of the resource may be longer than a caller's; it is made again when due.
         later = msgspec.structs.replace(
@@ -1724,7 +1717,7 @@ async def create_notifications(ask: Ask, batch: Batch) -> Any:
     for index, asked in enumerate(batch.notifications):
         place = f"notifications[{index}]."
         if asked.deliver_at is not None:
-            raise FieldError(f"{place}deliver_at", "Expected outside of a batch")
+            raise Problem("invalid", "Expected outside of a batch", f"{place}deliver_at")
         user = recipients(ask.user, asked, place)[0]
         items.append(make_item(user, asked, key and f"{key}:{index}"))
     return results(await ask.bell.intake.ask(items))
@@ -1749,7 +1742,7 @@ async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
             return await ask.mine.one("update_notification", id=id, read=True, archived=None)
         case MarkRead(None, True, before):
             return await ask.mine.one("update_all_notifications", before=before)
-    raise FieldError("all", 'Expected either {"notification_id": id} or {"all": true, "before": id?}')
+    raise Problem("invalid", 'Expected either {"notification_id": id} or {"all": true, "before": id?}', "all")
 
 
 async def stream_inbox(ask: Ask) -> ASGIApp:
@@ -2456,11 +2449,7 @@ class Server(uvicorn.Server):
 
 
 # ═══ 15 · Command line ════════════════════════════════════════════════════════════════════════
-# Every command is data in templates/commands.json and a case of run().
-
-
-class CommandError(Exception):
-    """A command that did not succeed: its text on stderr and exit code 1."""
+# Every command is data in templates/commands.json and a case of run(); one that fails is a Problem.
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -2493,7 +2482,7 @@ def listen(settings: Settings) -> socket.socket:
 
 def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
     if not (1 <= len(user_id) <= 200 and 1 <= minutes <= 60 * 24 * 30):
-        raise CommandError("a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
+        raise Problem("invalid", "a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
     token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), admin=admin)
     return f"{settings.base_url}/login#token={token}"
 
@@ -2524,7 +2513,7 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
 async def send(settings: Settings, fields: dict[str, Any]) -> str:
     """Post a notification through HTTP and give its id."""
     if not settings.api_key:
-        raise CommandError("BELLHOP_API_KEY is not set")
+        raise Problem("unauthorized", "BELLHOP_API_KEY is not set")
     if fields["body"] == "-":
         fields["body"] = sys.stdin.read()
     given = {name: value for name, value in fields.items() if value is not None}
@@ -2534,11 +2523,11 @@ async def send(settings: Settings, fields: dict[str, Any]) -> str:
         async with aiohttp.request("POST", url, timeout=aiohttp.ClientTimeout(10), **ask) as reply:
             told = await reply.json(content_type=None) if "json" in reply.content_type else {}
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise CommandError(f"{url} does not answer: {error}") from None
+        raise Problem("unready", f"{url} does not answer: {error}") from None
     if reply.status not in (200, 201, 202):
-        raise CommandError(f"{reply.status}: {told.get('detail', reply.reason)}")
+        raise Problem("conflict", f"{reply.status}: {told.get('detail', reply.reason)}")
     if (stored := told.get("scheduled") or told.get("notification")) is None:
-        raise CommandError("not stored: this user switched notifications off")
+        raise Problem("conflict", "not stored: this user switched notifications off")
     return stored["id"]
 
 
@@ -2549,7 +2538,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
     if command == "link":
         return sign_in_link(keep_secret(settings), **args)
     if command == "create" and not 1 <= len(args["name"]) <= 100:
-        raise CommandError("a key's name has 1 to 100 characters")
+        raise Problem("invalid", "a key's name has 1 to 100 characters")
     async with contextlib.AsyncExitStack() as stack:
         if embedded := not settings.database_url:
             own = stack.enter_context(embedded_postgres(Path(settings.home), join=command != "serve"))
@@ -2570,8 +2559,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
                 keys = plain(await db.one("list_api_keys"))["keys"]
                 return "\n".join(line.format(**key) for key in keys)
             case "revoke":
-                if await db.maybe("delete_api_key", **args) is None:
-                    raise CommandError("there is no such key")
+                await db.one("delete_api_key", **args)
     return ""
 
 
@@ -2585,7 +2573,7 @@ def main() -> None:
         with contextlib.suppress(KeyboardInterrupt):
             if told := uvloop.run(run(command, load_settings(os.environ), args)):
                 print(told)
-    except (StartError, CommandError) as error:
+    except (StartError, Problem) as error:
         for fault in error.args:
             print("bellhop:", fault.partition("\n")[0], file=sys.stderr)
         sys.exit(2 if isinstance(error, StartError) and command != "check" else 1)
