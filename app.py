@@ -421,12 +421,8 @@ class Item(Struct):
 
 
 def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> Item:
-    """One recipient's item; the key is the body's, the header's, or made of the resource."""
+    """One recipient's item; the statement makes a key of the resource where there is none."""
     key = asked.idempotency_key or header_key
-    if key is None and asked.resource_id is not None:
-        key = f"{user_id}:{asked.event_name}:{asked.resource_id}"
-        if len(key.encode()) > 1500:  # an index entry holds 2,700 bytes, the user's id among them
-            key = hashlib.sha256(key.encode()).hexdigest()
     own = {"user_id": user_id, "user_ids": None, "idempotency_key": key, "deliver_at": None}
     redacted = not asked.private and looks_secret(asked.summary or asked.title)
     return Item(new_id(), msgspec.structs.replace(asked, **own), redacted)
@@ -1687,12 +1683,7 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise Problem("invalid", "Expected a single user_id with it", "deliver_at")
-        key = items[0].asked.idempotency_key
-        # One made of the resource may be longer than a caller's; it is made again when due.
-        later = msgspec.structs.replace(
-            items[0].asked, idempotency_key=key if len(key or "") <= 255 else None
-        )
-        kept = {"payload": encode(later), "due_at": asked.deliver_at, "key": key}
+        kept = {"payload": encode(items[0].asked), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
