@@ -113,14 +113,10 @@ class StartError(Exception):
     """A start that cannot succeed: one clear line on stderr and exit code 2."""
 
 
-def variable(field: str) -> str:
-    return "DATABASE_URL" if field == "database_url" else f"BELLHOP_{field.upper()}"
-
-
-class Settings(Struct, frozen=True, kw_only=True, rename=variable):
+class Settings(Struct, frozen=True, kw_only=True, rename=lambda field: f"BELLHOP_{field.upper()}"):
     """One field a variable; the README has the meanings."""
 
-    database_url: str = ""
+    database_url: str = msgspec.field(default="", name="DATABASE_URL")
     home: str = "/var/lib/bellhop" if os.geteuid() == 0 else "~/.local/share/bellhop"
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
