@@ -1757,19 +1757,6 @@ async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
     return {"token": token, "expires_at": datetime.now(UTC) + life}
 
 
-async def create_key(ask: Ask, wanted: KeyCreate) -> Any:
-    """A new API key; the secret is told this once."""
-    return await add_key(ask.mine, wanted.name, wanted.scope)
-
-
-async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> dict[str, Any]:
-    """Make an API key and store its hash; with only_first, Problem when there has been one."""
-    secret = f"bh_{secrets.token_urlsafe(32)}"
-    digest = hashlib.sha256(secret.encode()).digest()
-    row = await db.one("create_api_key", name=name, scope=scope, hash=digest, only_first=only_first)
-    return row | {"secret": secret}
-
-
 async def delete_key(ask: Ask) -> None:
     """Revoke an API key, at once in this process."""
     await ask.mine.one("delete_api_key", **ask.path)
@@ -2146,7 +2133,7 @@ class Service:
         bound = {"no_target": NO_TARGET, "limits": encode(limits), "notices": encode(notices)}
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
-        bound |= {"admins": settings.admins, "days": settings.retention_days}
+        bound |= {"admins": settings.admins, "days": settings.retention_days, "only_first": False}
         self.db = Db(self.pool, self.changed, PATIENCE, **bound)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
@@ -2277,7 +2264,7 @@ ROUTES = [
     Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", retry_delivery),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
     Route("GET", "/api/keys", "admin", sql("list_api_keys")),
-    Route("POST", "/api/keys", "admin", create_key, KeyCreate, 201),
+    Route("POST", "/api/keys", "admin", sql("create_api_key"), KeyCreate, 201),
     Route("DELETE", "/api/keys/{id:uuid}", "admin", delete_key, None, 204),
     Route("GET", "/api/webhooks", "admin", sql("list_webhooks")),
     Route("POST", "/api/webhooks", "admin", sql("create_webhook"), WebhookCreate, 201),
@@ -2482,12 +2469,11 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
         settings = msgspec.structs.replace(settings, base_url=re.sub(":0$", f":{port}", settings.base_url))
         greeting = f"bellhop: listening on {url}"
         app = create_app(settings)  # may refuse them: before a key is made that nobody would see
-        with contextlib.suppress(Problem):  # there has been a key before
-            if embedded:
-                key = (await add_key(db, "first-run", "admin", only_first=True))["secret"]
-                link = sign_in_link(settings, "me", admin=True, minutes=15)
-                text = (HERE / "templates/first_run.txt").read_text()
-                greeting += "\n" + text.format(url=url, key=key, link=link)
+        first = {"name": "first-run", "scope": "admin", "only_first": True}
+        if embedded and (made := await db.maybe("create_api_key", **first)):
+            link = sign_in_link(settings, "me", admin=True, minutes=15)
+            text = (HERE / "templates/first_run.txt").read_text()
+            greeting += "\n" + text.format(url=url, key=made["secret"], link=link)
         await db.pool.close()
         more: dict[str, Any] = {"http": Protocol, "ws": "none", "log_level": "warning", "access_log": False}
         more |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 8}
@@ -2540,7 +2526,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
                 Service(settings)  # what only its parts can judge: the mail server's URL, the push key
                 return "bellhop: all is well"
             case "create":
-                return (await add_key(db, **args))["secret"]
+                return (await db.one("create_api_key", **args, only_first=False))["secret"]
             case "list":
                 line = "{id}  {name}  {scope}  created {created_at}  last used {last_used_at}"
                 keys = plain(await db.one("list_api_keys"))["keys"]
