@@ -69,7 +69,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
-from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
@@ -821,7 +820,7 @@ def is_json(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == JSON
 
 
-# Whom a handler's option `by` lets in, and what the others are told.
+# Whom a route's `by` lets in, and what the others are told.
 ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
     "user": (lambda caller: caller.kind != "key", "This belongs to users: use a user token"),
     "sender": (lambda caller: caller.kind != "user", "Only an API key may do this"),
@@ -829,14 +828,6 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
     "admin": (lambda caller: caller.admin, "This needs an API key of scope admin, or an admin's session"),
     "admin user": (lambda caller: caller.admin and caller.kind != "key", "This needs an admin's session"),
 }
-
-
-async def admit(ask: Ask, by: str) -> None:
-    """Settle who asks, and whether this caller may."""
-    ask.user = await ask.bell.gate.identify(ask)
-    allowed, words = ADMITTED[by]
-    if not allowed(ask.user):
-        raise Problem("forbidden", words)
 
 
 # ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
@@ -2294,7 +2285,10 @@ ROUTES = [
 async def answer(ask: Ask, route: Route) -> Any:
     """Settle who asks, read what was given, act, and make the outcome a reply."""
     if route.by:
-        await admit(ask, route.by)
+        ask.user = await ask.bell.gate.identify(ask)
+        allowed, words = ADMITTED[route.by]
+        if not allowed(ask.user):
+            raise Problem("forbidden", words)
     if route.takes is None:
         told = await route.act(ask)
     elif route.method == "GET":
@@ -2357,10 +2351,10 @@ def create_app(settings: Settings) -> Litestar:
         [make_handler(route) for route in ROUTES],
         lifespan=[service.running],
         cors_config=cors if settings.cors_origins else None,
-        state=State({"service": service}),
         openapi_config=None,
         logging_config=None,
     )
+    app.state.service = service
     answering = Answering(app, service)
     if settings.cors_origins:  # Litestar's answer to other origins is its outermost layer
         cast("Any", app.asgi_handler).app = answering
