@@ -695,7 +695,6 @@ def describe(error: BaseException) -> str:
 COOKIE = "bellhop_session"
 SESSION_DAYS = 30
 PROOF_SECONDS = 1.0  # how long a proof that was checked is believed; a revoked key dies within it
-PROOFS = 10_000  # so many are remembered
 
 
 class Caller(Struct, frozen=True):
@@ -720,7 +719,7 @@ class Gatekeeper:
         }
         if provider := load_public_key(settings.jwt_public_key):
             self.kinds["provider"] = (*provider, settings.jwt_audience or None)
-        self.known: dict[str, tuple[float, asyncio.Task[Caller]]] = {}
+        self.known: dict[str, asyncio.Task[Caller]] = {}
 
     async def identify(self, ask: Ask) -> Caller:
         """The caller of a request, or 401; 403 when a browser proves it at another site's wish."""
@@ -745,19 +744,15 @@ class Gatekeeper:
 
     async def by_proof(self, proof: str) -> Caller:
         """The caller behind a key or a token; one look a second is enough, however many wait."""
-        now = time.monotonic()
-        until, look = self.known.get(proof, (now, None))
-        if look is None or until <= now:
-            if len(self.known) >= PROOFS:
-                self.known.clear()
-            look = asyncio.create_task(self.check(proof))
-            self.known[proof] = now + PROOF_SECONDS, look
-        try:
-            return await asyncio.shield(look)
-        finally:
-            failed = look.done() and (look.cancelled() or look.exception())
-            if failed and self.known.get(proof, (0, None))[1] is look:
-                del self.known[proof]
+        if (look := self.known.get(proof)) is None:
+            look = self.known[proof] = asyncio.create_task(self.check(proof))
+            look.add_done_callback(functools.partial(self.forget, proof))
+        return await asyncio.shield(look)
+
+    def forget(self, proof: str, look: asyncio.Task[Caller]) -> None:
+        """Look anew when a proof was believed for long enough; after a failure at once."""
+        failed = look.cancelled() or look.exception()
+        asyncio.get_running_loop().call_later(0 if failed else PROOF_SECONDS, self.known.pop, proof, None)
 
     async def check(self, proof: str) -> Caller:
         """The caller behind a key or a token, or 401."""
