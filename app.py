@@ -396,31 +396,12 @@ class WebhookCreate(Body):
     user_id: UserId | None = None  # then it is told about this user only
 
 
-class Result(NamedTuple):
-    """What became of one item; leaves: something of it is due outside now."""
-
-    user_id: str
-    id: str | None
-    inserted: bool
-    answer: Raw
-    leaves: bool
-
-
-class Item(Struct):
-    """One notification for one user on its way into create_notifications.sql."""
-
-    id: UUID
-    asked: NotificationCreate
-    redacted: bool
-    intake: UUID | None = None  # the row that kept it for later
-
-
-def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> Item:
-    """One recipient's item; the statement makes a key of the resource where there is none."""
+def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> dict[str, Any]:
+    """One notification for one user, for create_notifications.sql, which can make a key of the resource."""
     key = asked.idempotency_key or header_key
     own = {"user_id": user_id, "user_ids": None, "idempotency_key": key, "deliver_at": None}
     redacted = not asked.private and looks_secret(asked.summary or asked.title)
-    return Item(new_id(), msgspec.structs.replace(asked, **own), redacted)
+    return {"id": new_id(), "asked": msgspec.structs.replace(asked, **own), "redacted": redacted}
 
 
 def new_id() -> UUID:
@@ -888,7 +869,7 @@ class Shared:
     """A statement that answers many requests at once, from its parameter `items`: a row an item."""
 
     def __init__(
-        self, db: Db, name: str, kind: Callable[..., Any], at_once: int, after: Callable[[list[Any]], None]
+        self, db: Db, name: str, kind: Kind, at_once: int, after: Callable[[list[Any]], None]
     ) -> None:
         self.db, self.name, self.kind, self.after = db, name, kind, after
         self.waiting: collections.deque[Waiting] = collections.deque()
@@ -1414,10 +1395,8 @@ class Worker:
             asked = decode_body(compact, NotificationCreate)
             if asked.deliver_at is not None:
                 raise Problem("invalid", "Expected in the column due_at", "deliver_at")
-            items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
-            for item in items:
-                item.intake = id
-            await self.intake.ask(items)
+            users = recipients(Caller("key"), asked)
+            await self.intake.ask([make_item(user, asked) | {"intake": id} for user in users])
         except Exception as error:
             problem = as_problem(error)
             if problem.code == "database_away":
@@ -1652,9 +1631,9 @@ def header_key(ask: Ask) -> str | None:
     return key
 
 
-def results(rows: Iterable[Result]) -> dict[str, Any]:
+def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The short answer for many."""
-    return {"results": [{"user_id": row.user_id, "id": row.id, "inserted": row.inserted} for row in rows]}
+    return {"results": [{name: row[name] for name in ("user_id", "id", "inserted")} for row in rows]}
 
 
 async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
@@ -1665,12 +1644,12 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise Problem("invalid", "Expected a single user_id with it", "deliver_at")
-        kept = {"payload": encode(items[0].asked), "due_at": asked.deliver_at}
+        kept = {"payload": encode(items[0]["asked"]), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
-        return Reply(rows[0].answer, 201 if rows[0].inserted else 200)
-    by_user = {row.user_id: row for row in rows}
+        return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
+    by_user = {row["user_id"]: row for row in rows}
     return Reply(results(by_user[user] for user in asked.user_ids), 201)
 
 
@@ -1679,8 +1658,8 @@ async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
     key = header_key(ask)
     items = [make_item(user, asked, key) for user in recipients(ask.user, asked)]
     db = ask.bell.db.bind(rollback=True)
-    rows = await db.many("create_notifications", Result, items=encode(items))
-    return rows[0].answer if asked.user_ids is None else results(rows)
+    rows = await db.many("create_notifications", items=encode(items))
+    return rows[0]["answer"] if asked.user_ids is None else results(rows)
 
 
 async def create_notifications(ask: Ask, batch: Batch) -> Any:
@@ -2122,7 +2101,7 @@ class Service:
         bound |= {"admins": settings.admins, "days": settings.retention_days, "only_first": False}
         self.db = Db(self.pool, self.changed, PATIENCE, **bound)
         self.gate = Gatekeeper(settings, self.db)
-        self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
+        self.intake = Shared(self.db, "create_notifications", None, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
         try:
             self.outbound = Outbound(settings)
@@ -2132,12 +2111,12 @@ class Service:
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
 
-    def after_store(self, rows: list[Result]) -> None:
+    def after_store(self, rows: list[dict[str, Any]]) -> None:
         """Tell the inboxes that grew."""
         METRICS.batch.observe(len(rows))
-        for user in {row.user_id for row in rows if row.inserted}:
+        for user in {row["user_id"] for row in rows if row["inserted"]}:
             self.changed(user)
-        if any(row.leaves for row in rows):
+        if any(row["leaves"] for row in rows):
             self.worker.wake.set()
 
     def look_after_pool(self) -> None:

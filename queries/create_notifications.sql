@@ -202,7 +202,7 @@ delivered AS (
            CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END, reason, redacted
     FROM queued
 ),
--- The same for the caller.
+-- The same for the caller; leaves: something of it is due outside now.
 told AS (
     SELECT n, json_agg(json_build_object('channel', channel,
                                          'status', CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END,
