@@ -152,8 +152,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=lambda field: f"BELLHOP
 def load_settings(environ: Mapping[str, str]) -> Settings:
     """The settings of an environment, or a StartError that names the variable at fault."""
     names = Settings.__struct_encode_fields__
-    values: dict[str, Any] = {}
-    given = ""
+    values, given = dict[str, Any](), ""
     try:
         for given, value in environ.items():
             base = given.removesuffix("_FILE")
@@ -711,7 +710,9 @@ class Gatekeeper:
                 raise Problem("unauthorized")
             return await self.by_proof(proof)
         demo = settings.demo and headers.get("x-demo-user-id")
-        proxy = self.is_proxy(ask.scope.get("client")) and headers.get(settings.proxy_user_header.lower())
+        client = ask.scope.get("client")  # the proxy's header counts from its own addresses only
+        near = client and any(ipaddress.ip_address(client[0]) in each for each in settings.proxy_addresses)
+        proxy = near and headers.get(settings.proxy_user_header.lower())
         if proxy and not demo:
             refuse_other_sites(ask, strict=False)
         if name := demo or proxy:
@@ -743,11 +744,6 @@ class Gatekeeper:
         if scope is None:
             raise Problem("unauthorized")
         return Caller("key", admin=scope == "admin")
-
-    def is_proxy(self, client: tuple[str, int] | None) -> bool:
-        """The proxy's header counts from its own addresses only."""
-        networks = self.settings.proxy_addresses
-        return bool(client) and any(ipaddress.ip_address(client[0]) in network for network in networks)
 
     def read_token(self, token: str, *kinds: str) -> tuple[str, str, dict[str, Any]]:
         """Kind, user and claims of a token that is in time and signed as one of these kinds, or 401."""
