@@ -82,7 +82,6 @@ from psycopg_pool import AsyncConnectionPool
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from yarl import URL
 
-VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
 Pool = AsyncConnectionPool[Any]
 log = logging.getLogger("bellhop")
