@@ -31,7 +31,6 @@ import logging
 import os
 import pwd
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -212,7 +211,7 @@ def url_host(host: str) -> str:
 def keep_secret(settings: Settings) -> Settings:
     """The settings with a secret: the given one, or one generated into the home and kept there."""
     try:
-        secret = settings.secret or create_private(Path(settings.home, "secret"), secrets.token_urlsafe(48))
+        secret = settings.secret or create_private(Path(settings.home, "secret"), os.urandom(32).hex())
     except OSError as error:
         raise StartError(f"BELLHOP_HOME cannot keep a secret: {error}") from None
     return msgspec.structs.replace(settings, secret=secret)
