@@ -31,7 +31,6 @@ import logging
 import os
 import pwd
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -69,7 +68,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from jwt.utils import base64url_decode, base64url_encode
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
-from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
@@ -83,7 +81,6 @@ from psycopg_pool import AsyncConnectionPool
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from yarl import URL
 
-VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
 Pool = AsyncConnectionPool[Any]
 log = logging.getLogger("bellhop")
@@ -113,14 +110,10 @@ class StartError(Exception):
     """A start that cannot succeed: one clear line on stderr and exit code 2."""
 
 
-def variable(field: str) -> str:
-    return "DATABASE_URL" if field == "database_url" else f"BELLHOP_{field.upper()}"
-
-
-class Settings(Struct, frozen=True, kw_only=True, rename=variable):
+class Settings(Struct, frozen=True, kw_only=True, rename=lambda field: f"BELLHOP_{field.upper()}"):
     """One field a variable; the README has the meanings."""
 
-    database_url: str = ""
+    database_url: str = msgspec.field(default="", name="DATABASE_URL")
     home: str = "/var/lib/bellhop" if os.geteuid() == 0 else "~/.local/share/bellhop"
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
@@ -157,8 +150,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=variable):
 def load_settings(environ: Mapping[str, str]) -> Settings:
     """The settings of an environment, or a StartError that names the variable at fault."""
     names = Settings.__struct_encode_fields__
-    values: dict[str, Any] = {}
-    given = ""
+    values, given = dict[str, Any](), ""
     try:
         for given, value in environ.items():
             base = given.removesuffix("_FILE")
@@ -219,7 +211,7 @@ def url_host(host: str) -> str:
 def keep_secret(settings: Settings) -> Settings:
     """The settings with a secret: the given one, or one generated into the home and kept there."""
     try:
-        secret = settings.secret or create_private(Path(settings.home, "secret"), secrets.token_urlsafe(48))
+        secret = settings.secret or create_private(Path(settings.home, "secret"), os.urandom(32).hex())
     except OSError as error:
         raise StartError(f"BELLHOP_HOME cannot keep a secret: {error}") from None
     return msgspec.structs.replace(settings, secret=secret)
@@ -263,15 +255,7 @@ Clock = Annotated[str, look(r"([01]\d|2[0-3]):[0-5]\d", "must be a time such as 
 LOCALE = r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*"
 Locale = Annotated[str, look(LOCALE, "must be a language such as en or pt-BR", 35)]
 TimeZone = Annotated[str, look(r"[A-Za-z][A-Za-z0-9_+\-/]*", "must be a time zone such as Europe/Berlin", 64)]
-HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")
-
-
-class FieldError(ValueError):
-    """A value that a type alone cannot judge; names its field."""
-
-    def __init__(self, field: str, wanted: str) -> None:
-        super().__init__(wanted)
-        self.field = field
+HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")  # PostgreSQL writes all digits out
 
 
 class Body(Struct, forbid_unknown_fields=True):
@@ -298,9 +282,9 @@ class NotificationCreate(Body):
     def __post_init__(self) -> None:
         data = bytes(self.data)
         if not data.startswith(b"{") or len(data) > 16 * 1024:
-            raise FieldError("data", "Expected `object` of at most 16 KB")
+            raise Problem("invalid", "Expected `object` of at most 16 KB", "data")
         if len(data) > 2 and HUGE_NUMBER.search(re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data)):
-            raise FieldError("data", "Expected numbers below 1e400")  # PostgreSQL writes all digits out
+            raise Problem("invalid", "Expected numbers below 1e400", "data")
 
 
 class Batch(Body):
@@ -337,7 +321,7 @@ class NotificationPatch(Body):
 
     def __post_init__(self) -> None:
         if self.read is None and self.archived is None:
-            raise FieldError("read", "Expected read, archived or both")
+            raise Problem("invalid", "Expected read, archived or both", "read")
 
 
 def optional(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
@@ -372,7 +356,8 @@ class PushKeys(Struct):
         try:
             seal_push(b"", base64url_decode(self.p256dh), base64url_decode(self.auth))
         except ValueError:
-            raise FieldError("p256dh", "Expected a P-256 point, and auth of 16 bytes, in base64url") from None
+            words = "Expected a P-256 point, and auth of 16 bytes, in base64url"
+            raise Problem("invalid", words, "p256dh") from None
 
 
 class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
@@ -408,35 +393,12 @@ class WebhookCreate(Body):
     user_id: UserId | None = None  # then it is told about this user only
 
 
-class Result(NamedTuple):
-    """What became of one item; leaves: something of it is due outside now."""
-
-    user_id: str
-    id: str | None
-    inserted: bool
-    answer: Raw
-    leaves: bool
-
-
-class Item(Struct):
-    """One notification for one user on its way into create_notifications.sql."""
-
-    id: UUID
-    asked: NotificationCreate
-    redacted: bool
-    intake: UUID | None = None  # the row that kept it for later
-
-
-def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> Item:
-    """One recipient's item; the key is the body's, the header's, or made of the resource."""
+def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> dict[str, Any]:
+    """One notification for one user, for create_notifications.sql, which can make a key of the resource."""
     key = asked.idempotency_key or header_key
-    if key is None and asked.resource_id is not None:
-        key = f"{user_id}:{asked.event_name}:{asked.resource_id}"
-        if len(key.encode()) > 1500:  # an index entry holds 2,700 bytes, the user's id among them
-            key = hashlib.sha256(key.encode()).hexdigest()
     own = {"user_id": user_id, "user_ids": None, "idempotency_key": key, "deliver_at": None}
     redacted = not asked.private and looks_secret(asked.summary or asked.title)
-    return Item(new_id(), msgspec.structs.replace(asked, **own), redacted)
+    return {"id": new_id(), "asked": msgspec.structs.replace(asked, **own), "redacted": redacted}
 
 
 def new_id() -> UUID:
@@ -642,13 +604,13 @@ BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}  
 HEADERS_BESIDE = {"unauthorized": {"WWW-Authenticate": "Bearer"}, "database_away": {"Retry-After": "2"}}
 
 
-class Problem(Exception):
-    """A failure with its answer."""
+class Problem(ValueError):
+    """A failure with its answer; raised while a body is decoded, msgspec says where in it."""
 
     def __init__(self, code: str, words: str = "", field: str = "") -> None:
-        super().__init__(code)
+        super().__init__(words or PROBLEMS[code][1])
         self.code, self.field = code, field
-        self.detail = f"{field}: {words}" if field else words
+        self.detail = f"{field}: {words}" if field else str(self)
 
 
 def explain(error: Exception) -> tuple[str, str]:
@@ -667,7 +629,7 @@ def as_problem(error: Exception) -> Problem:
     match error:
         case Problem():
             return error
-        case msgspec.ValidationError() | FieldError():
+        case msgspec.ValidationError():
             words, field = explain(error)
             return Problem("invalid", words if field else f"The body: {words}", field)
         case msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():
@@ -691,10 +653,10 @@ def answer_error(ask: Ask, error: Exception) -> Reply:
         log.error("%s %s failed: %s", ask.scope["method"], ask.scope["path"], describe(error))
     if problem.code == "database_away":
         ask.bell.look_after_pool()
-    detail = problem.detail or title
-    told = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": problem.code}
+    told = {"type": "about:blank", "title": title, "status": status}
+    told |= {"detail": problem.detail, "code": problem.code}
     if problem.field:
-        told["errors"] = [{"field": problem.field, "message": detail}]
+        told["errors"] = [{"field": problem.field, "message": problem.detail}]
     beside = error.headers if isinstance(error, HTTPException) else HEADERS_BESIDE.get(problem.code)
     return Reply(told, status, PRIVATE | (beside or {}), "application/problem+json")
 
@@ -712,7 +674,6 @@ def describe(error: BaseException) -> str:
 COOKIE = "bellhop_session"
 SESSION_DAYS = 30
 PROOF_SECONDS = 1.0  # how long a proof that was checked is believed; a revoked key dies within it
-PROOFS = 10_000  # so many are remembered
 
 
 class Caller(Struct, frozen=True):
@@ -737,7 +698,7 @@ class Gatekeeper:
         }
         if provider := load_public_key(settings.jwt_public_key):
             self.kinds["provider"] = (*provider, settings.jwt_audience or None)
-        self.known: dict[str, tuple[float, asyncio.Task[Caller]]] = {}
+        self.known: dict[str, asyncio.Task[Caller]] = {}
 
     async def identify(self, ask: Ask) -> Caller:
         """The caller of a request, or 401; 403 when a browser proves it at another site's wish."""
@@ -748,7 +709,9 @@ class Gatekeeper:
                 raise Problem("unauthorized")
             return await self.by_proof(proof)
         demo = settings.demo and headers.get("x-demo-user-id")
-        proxy = self.is_proxy(ask.scope.get("client")) and headers.get(settings.proxy_user_header.lower())
+        client = ask.scope.get("client")  # the proxy's header counts from its own addresses only
+        near = client and any(ipaddress.ip_address(client[0]) in each for each in settings.proxy_addresses)
+        proxy = near and headers.get(settings.proxy_user_header.lower())
         if proxy and not demo:
             refuse_other_sites(ask, strict=False)
         if name := demo or proxy:
@@ -762,19 +725,15 @@ class Gatekeeper:
 
     async def by_proof(self, proof: str) -> Caller:
         """The caller behind a key or a token; one look a second is enough, however many wait."""
-        now = time.monotonic()
-        until, look = self.known.get(proof, (now, None))
-        if look is None or until <= now:
-            if len(self.known) >= PROOFS:
-                self.known.clear()
-            look = asyncio.create_task(self.check(proof))
-            self.known[proof] = now + PROOF_SECONDS, look
-        try:
-            return await asyncio.shield(look)
-        finally:
-            failed = look.done() and (look.cancelled() or look.exception())
-            if failed and self.known.get(proof, (0, None))[1] is look:
-                del self.known[proof]
+        if (look := self.known.get(proof)) is None:
+            look = self.known[proof] = asyncio.create_task(self.check(proof))
+            look.add_done_callback(functools.partial(self.forget, proof))
+        return await asyncio.shield(look)
+
+    def forget(self, proof: str, look: asyncio.Task[Caller]) -> None:
+        """Look anew when a proof was believed for long enough; after a failure at once."""
+        failed = look.cancelled() or look.exception()
+        asyncio.get_running_loop().call_later(0 if failed else PROOF_SECONDS, self.known.pop, proof, None)
 
     async def check(self, proof: str) -> Caller:
         """The caller behind a key or a token, or 401."""
@@ -784,11 +743,6 @@ class Gatekeeper:
         if scope is None:
             raise Problem("unauthorized")
         return Caller("key", admin=scope == "admin")
-
-    def is_proxy(self, client: tuple[str, int] | None) -> bool:
-        """The proxy's header counts from its own addresses only."""
-        networks = self.settings.proxy_addresses
-        return bool(client) and any(ipaddress.ip_address(client[0]) in network for network in networks)
 
     def read_token(self, token: str, *kinds: str) -> tuple[str, str, dict[str, Any]]:
         """Kind, user and claims of a token that is in time and signed as one of these kinds, or 401."""
@@ -837,7 +791,7 @@ def is_json(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == JSON
 
 
-# Whom a handler's option `by` lets in, and what the others are told.
+# Whom a route's `by` lets in, and what the others are told.
 ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
     "user": (lambda caller: caller.kind != "key", "This belongs to users: use a user token"),
     "sender": (lambda caller: caller.kind != "user", "Only an API key may do this"),
@@ -845,14 +799,6 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
     "admin": (lambda caller: caller.admin, "This needs an API key of scope admin, or an admin's session"),
     "admin user": (lambda caller: caller.admin and caller.kind != "key", "This needs an admin's session"),
 }
-
-
-async def admit(ask: Ask, by: str) -> None:
-    """Settle who asks, and whether this caller may."""
-    ask.user = await ask.bell.gate.identify(ask)
-    allowed, words = ADMITTED[by]
-    if not allowed(ask.user):
-        raise Problem("forbidden", words)
 
 
 # ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
@@ -894,7 +840,7 @@ def snake_keys(body: bytes | Raw) -> bytes:
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         if snake in renamed:
-            raise FieldError(snake, "Given twice")
+            raise Problem("invalid", "Given twice", snake)
         many = snake == "notifications" and bytes(value).startswith(b"[")
         items = map(snake_keys, msgspec.json.decode(value, type=list[Raw])) if many else ()
         renamed[snake] = Raw(b"[%s]" % b",".join(items)) if many else value
@@ -906,11 +852,11 @@ def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> li
     if caller.kind == "demo" and asked.user_id is None and asked.user_ids is None:
         return [caller.user_id]
     if caller.kind == "demo":
-        raise FieldError("user_id", "A demo user writes to itself only")
+        raise Problem("invalid", "A demo user writes to itself only", "user_id")
     if asked.user_ids is not None and asked.user_id is None and not place:
         return list(dict.fromkeys(asked.user_ids))
     if asked.user_id is None or asked.user_ids is not None:
-        raise FieldError(f"{place}user_id", "Expected one recipient")
+        raise Problem("invalid", "Expected one recipient", f"{place}user_id")
     return [asked.user_id]
 
 
@@ -918,7 +864,7 @@ class Shared:
     """A statement that answers many requests at once, from its parameter `items`: a row an item."""
 
     def __init__(
-        self, db: Db, name: str, kind: Callable[..., Any], at_once: int, after: Callable[[list[Any]], None]
+        self, db: Db, name: str, kind: Kind, at_once: int, after: Callable[[list[Any]], None]
     ) -> None:
         self.db, self.name, self.kind, self.after = db, name, kind, after
         self.waiting: collections.deque[Waiting] = collections.deque()
@@ -1137,7 +1083,7 @@ def new_webhook_secret(secret: str, key: bytes = b"") -> tuple[str, bytes]:
 def check_scheme(settings: Settings, field: str, url: str | UnsetType) -> None:
     """Plain http is for addresses that are allowed by name."""
     if url and url.lower().startswith("http:") and not settings.outbound_allow:
-        raise FieldError(field, "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://")
+        raise Problem("invalid", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://", field)
 
 
 class Outbound:
@@ -1403,18 +1349,16 @@ class Worker:
             compact = msgspec.json.format(bytes(payload), indent=-1)  # jsonb's spaces are not the caller's
             asked = decode_body(compact, NotificationCreate)
             if asked.deliver_at is not None:
-                raise FieldError("deliver_at", "Expected in the column due_at")
-            items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
-            for item in items:
-                item.intake = id
-            await self.intake.ask(items)
+                raise Problem("invalid", "Expected in the column due_at", "deliver_at")
+            users = recipients(Caller("key"), asked)
+            await self.intake.ask([make_item(user, asked) | {"intake": id} for user in users])
         except Exception as error:
             problem = as_problem(error)
             if problem.code == "database_away":
                 raise
             if problem.code == "internal":
                 log.error("intake %s: %s", id, describe(error))
-            await self.db.run("update_intake", id=id, error=problem.detail or PROBLEMS[problem.code][1])
+            await self.db.run("update_intake", id=id, error=problem.detail)
 
     async def prune_turn(self) -> None:
         """Forget what is past its retention, a bounded number of rows at a time."""
@@ -1605,7 +1549,7 @@ class Ask:
         if (user_id := named.get("user_id")) is None:
             return named
         if len(user_id) > 200 or "\0" in user_id:
-            raise FieldError("user_id", "Expected at most 200 characters, and no NUL")
+            raise Problem("invalid", "Expected at most 200 characters, and no NUL", "user_id")
         return {"user_id": user_id.replace(QUOTED_SLASH, "/")}
 
     @property
@@ -1639,13 +1583,13 @@ def header_key(ask: Ask) -> str | None:
     """The Idempotency-Key header, within the bounds of a key."""
     key = ask.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key := key.encode("latin-1").decode()) <= 255:
-        raise FieldError("Idempotency-Key", "Expected 1 to 255 characters")
+        raise Problem("invalid", "Expected 1 to 255 characters", "Idempotency-Key")
     return key
 
 
-def results(rows: Iterable[Result]) -> dict[str, Any]:
+def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The short answer for many."""
-    return {"results": [{"user_id": row.user_id, "id": row.id, "inserted": row.inserted} for row in rows]}
+    return {"results": [{name: row[name] for name in ("user_id", "id", "inserted")} for row in rows]}
 
 
 async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
@@ -1655,18 +1599,13 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     items = [make_item(user, asked, key) for user in users]
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
-            raise FieldError("deliver_at", "Expected a single user_id with it")
-        key = items[0].asked.idempotency_key
-        # One made of the resource may be longer than a caller's; it is made again when due.
-        later = msgspec.structs.replace(
-            items[0].asked, idempotency_key=key if len(key or "") <= 255 else None
-        )
-        kept = {"payload": encode(later), "due_at": asked.deliver_at, "key": key}
+            raise Problem("invalid", "Expected a single user_id with it", "deliver_at")
+        kept = {"payload": encode(items[0]["asked"]), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
-        return Reply(rows[0].answer, 201 if rows[0].inserted else 200)
-    by_user = {row.user_id: row for row in rows}
+        return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
+    by_user = {row["user_id"]: row for row in rows}
     return Reply(results(by_user[user] for user in asked.user_ids), 201)
 
 
@@ -1675,8 +1614,8 @@ async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
     key = header_key(ask)
     items = [make_item(user, asked, key) for user in recipients(ask.user, asked)]
     db = ask.bell.db.bind(rollback=True)
-    rows = await db.many("create_notifications", Result, items=encode(items))
-    return rows[0].answer if asked.user_ids is None else results(rows)
+    rows = await db.many("create_notifications", items=encode(items))
+    return rows[0]["answer"] if asked.user_ids is None else results(rows)
 
 
 async def create_notifications(ask: Ask, batch: Batch) -> Any:
@@ -1686,7 +1625,7 @@ async def create_notifications(ask: Ask, batch: Batch) -> Any:
     for index, asked in enumerate(batch.notifications):
         place = f"notifications[{index}]."
         if asked.deliver_at is not None:
-            raise FieldError(f"{place}deliver_at", "Expected outside of a batch")
+            raise Problem("invalid", "Expected outside of a batch", f"{place}deliver_at")
         user = recipients(ask.user, asked, place)[0]
         items.append(make_item(user, asked, key and f"{key}:{index}"))
     return results(await ask.bell.intake.ask(items))
@@ -1711,7 +1650,7 @@ async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
             return await ask.mine.one("update_notification", id=id, read=True, archived=None)
         case MarkRead(None, True, before):
             return await ask.mine.one("update_all_notifications", before=before)
-    raise FieldError("all", 'Expected either {"notification_id": id} or {"all": true, "before": id?}')
+    raise Problem("invalid", 'Expected either {"notification_id": id} or {"all": true, "before": id?}', "all")
 
 
 async def stream_inbox(ask: Ask) -> ASGIApp:
@@ -1737,19 +1676,6 @@ async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
     by = "admin" if ask.user.admin else "sender"
     token = make_token(ask.bell.settings.secret, ask.path["user_id"], life, by=by)
     return {"token": token, "expires_at": datetime.now(UTC) + life}
-
-
-async def create_key(ask: Ask, wanted: KeyCreate) -> Any:
-    """A new API key; the secret is told this once."""
-    return await add_key(ask.mine, wanted.name, wanted.scope)
-
-
-async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> dict[str, Any]:
-    """Make an API key and store its hash; with only_first, Problem when there has been one."""
-    secret = f"bh_{secrets.token_urlsafe(32)}"
-    digest = hashlib.sha256(secret.encode()).digest()
-    row = await db.one("create_api_key", name=name, scope=scope, hash=digest, only_first=only_first)
-    return row | {"secret": secret}
 
 
 async def delete_key(ask: Ask) -> None:
@@ -2126,10 +2052,10 @@ class Service:
         bound = {"no_target": NO_TARGET, "limits": encode(limits), "notices": encode(notices)}
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
-        bound |= {"admins": settings.admins, "days": settings.retention_days}
+        bound |= {"admins": settings.admins, "days": settings.retention_days, "only_first": False}
         self.db = Db(self.pool, self.changed, PATIENCE, **bound)
         self.gate = Gatekeeper(settings, self.db)
-        self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
+        self.intake = Shared(self.db, "create_notifications", None, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
         try:
             self.outbound = Outbound(settings)
@@ -2139,12 +2065,12 @@ class Service:
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
 
-    def after_store(self, rows: list[Result]) -> None:
+    def after_store(self, rows: list[dict[str, Any]]) -> None:
         """Tell the inboxes that grew."""
         METRICS["create_batch"].observe(len(rows))
-        for user in {row.user_id for row in rows if row.inserted}:
+        for user in {row["user_id"] for row in rows if row["inserted"]}:
             self.changed(user)
-        if any(row.leaves for row in rows):
+        if any(row["leaves"] for row in rows):
             self.worker.wake.set()
 
     def look_after_pool(self) -> None:
@@ -2257,7 +2183,7 @@ ROUTES = [
     Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", retry_delivery),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
     Route("GET", "/api/keys", "admin", sql("list_api_keys")),
-    Route("POST", "/api/keys", "admin", create_key, KeyCreate, 201),
+    Route("POST", "/api/keys", "admin", sql("create_api_key"), KeyCreate, 201),
     Route("DELETE", "/api/keys/{id:uuid}", "admin", delete_key, None, 204),
     Route("GET", "/api/webhooks", "admin", sql("list_webhooks")),
     Route("POST", "/api/webhooks", "admin", sql("create_webhook"), WebhookCreate, 201),
@@ -2287,7 +2213,10 @@ ROUTES = [
 async def answer(ask: Ask, route: Route) -> Any:
     """Settle who asks, read what was given, act, and make the outcome a reply."""
     if route.by:
-        await admit(ask, route.by)
+        ask.user = await ask.bell.gate.identify(ask)
+        allowed, words = ADMITTED[route.by]
+        if not allowed(ask.user):
+            raise Problem("forbidden", words)
     if route.takes is None:
         told = await route.act(ask)
     elif route.method == "GET":
@@ -2350,10 +2279,10 @@ def create_app(settings: Settings) -> Litestar:
         [make_handler(route) for route in ROUTES],
         lifespan=[service.running],
         cors_config=cors if settings.cors_origins else None,
-        state=State({"service": service}),
         openapi_config=None,
         logging_config=None,
     )
+    app.state.service = service
     answering = Answering(app, service)
     if settings.cors_origins:  # Litestar's answer to other origins is its outermost layer
         cast("Any", app.asgi_handler).app = answering
@@ -2416,11 +2345,7 @@ class Server(uvicorn.Server):
 
 
 # ═══ 15 · Command line ════════════════════════════════════════════════════════════════════════
-# Every command is data in templates/commands.json and a case of run().
-
-
-class CommandError(Exception):
-    """A command that did not succeed: its text on stderr and exit code 1."""
+# Every command is data in templates/commands.json and a case of run(); one that fails is a Problem.
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -2444,16 +2369,14 @@ def listen(settings: Settings) -> socket.socket:
     host, port = settings.host, settings.port
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio forgets it: 40 ms an answer
-    return listener
 
 
 def sign_in_link(settings: Settings, user_id: str, admin: bool, minutes: int) -> str:
     if not (1 <= len(user_id) <= 200 and 1 <= minutes <= 60 * 24 * 30):
-        raise CommandError("a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
+        raise Problem("invalid", "a user id has 1 to 200 characters, and a link holds 1 minute to 30 days")
     token = make_token(derive(settings.secret, "link"), user_id, timedelta(minutes=minutes), admin=admin)
     return f"{settings.base_url}/login#token={token}"
 
@@ -2466,12 +2389,11 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
         settings = msgspec.structs.replace(settings, base_url=re.sub(":0$", f":{port}", settings.base_url))
         greeting = f"bellhop: listening on {url}"
         app = create_app(settings)  # may refuse them: before a key is made that nobody would see
-        with contextlib.suppress(Problem):  # there has been a key before
-            if embedded:
-                key = (await add_key(db, "first-run", "admin", only_first=True))["secret"]
-                link = sign_in_link(settings, "me", admin=True, minutes=15)
-                text = (HERE / "templates/first_run.txt").read_text()
-                greeting += "\n" + text.format(url=url, key=key, link=link)
+        first = {"name": "first-run", "scope": "admin", "only_first": True}
+        if embedded and (made := await db.maybe("create_api_key", **first)):
+            link = sign_in_link(settings, "me", admin=True, minutes=15)
+            text = (HERE / "templates/first_run.txt").read_text()
+            greeting += "\n" + text.format(url=url, key=made["secret"], link=link)
         await db.pool.close()
         more: dict[str, Any] = {"http": Protocol, "ws": "none", "log_level": "warning", "access_log": False}
         more |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 8}
@@ -2484,7 +2406,7 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
 async def send(settings: Settings, fields: dict[str, Any]) -> str:
     """Post a notification through HTTP and give its id."""
     if not settings.api_key:
-        raise CommandError("BELLHOP_API_KEY is not set")
+        raise Problem("unauthorized", "BELLHOP_API_KEY is not set")
     if fields["body"] == "-":
         fields["body"] = sys.stdin.read()
     given = {name: value for name, value in fields.items() if value is not None}
@@ -2494,11 +2416,11 @@ async def send(settings: Settings, fields: dict[str, Any]) -> str:
         async with aiohttp.request("POST", url, timeout=aiohttp.ClientTimeout(10), **ask) as reply:
             told = await reply.json(content_type=None) if "json" in reply.content_type else {}
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise CommandError(f"{url} does not answer: {error}") from None
+        raise Problem("unready", f"{url} does not answer: {error}") from None
     if reply.status not in (200, 201, 202):
-        raise CommandError(f"{reply.status}: {told.get('detail', reply.reason)}")
+        raise Problem("conflict", f"{reply.status}: {told.get('detail', reply.reason)}")
     if (stored := told.get("scheduled") or told.get("notification")) is None:
-        raise CommandError("not stored: this user switched notifications off")
+        raise Problem("conflict", "not stored: this user switched notifications off")
     return stored["id"]
 
 
@@ -2509,7 +2431,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
     if command == "link":
         return sign_in_link(keep_secret(settings), **args)
     if command == "create" and not 1 <= len(args["name"]) <= 100:
-        raise CommandError("a key's name has 1 to 100 characters")
+        raise Problem("invalid", "a key's name has 1 to 100 characters")
     async with contextlib.AsyncExitStack() as stack:
         if embedded := not settings.database_url:
             own = stack.enter_context(embedded_postgres(Path(settings.home), join=command != "serve"))
@@ -2524,14 +2446,13 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
                 Service(settings)  # what only its parts can judge: the mail server's URL, the push key
                 return "bellhop: all is well"
             case "create":
-                return (await add_key(db, **args))["secret"]
+                return (await db.one("create_api_key", **args, only_first=False))["secret"]
             case "list":
                 line = "{id}  {name}  {scope}  created {created_at}  last used {last_used_at}"
                 keys = plain(await db.one("list_api_keys"))["keys"]
                 return "\n".join(line.format(**key) for key in keys)
             case "revoke":
-                if await db.maybe("delete_api_key", **args) is None:
-                    raise CommandError("there is no such key")
+                await db.one("delete_api_key", **args)
     return ""
 
 
@@ -2545,7 +2466,7 @@ def main() -> None:
         with contextlib.suppress(KeyboardInterrupt):
             if told := uvloop.run(run(command, load_settings(os.environ), args)):
                 print(told)
-    except (StartError, CommandError) as error:
+    except (StartError, Problem) as error:
         for fault in error.args:
             print("bellhop:", fault.partition("\n")[0], file=sys.stderr)
         sys.exit(2 if isinstance(error, StartError) and command != "check" else 1)

@@ -2,14 +2,21 @@
 -- channels, reasons, rate limits, digests. One row per item, in input order; a repeated key gives
 -- the first notification with inserted = false, a user without in-app gives NULLs.
 WITH item AS MATERIALIZED (
-    -- ref names the row an item asks for: its key, or itself.
-    SELECT i.n, i.id, i.redacted, i.intake, a.*, coalesce('key ' || a.idempotency_key, i.id::text) AS ref
+    -- ref names the row an item asks for: its key, or itself. The key is the caller's, or made of the resource,
+    -- as a hash where it is long: an index entry holds 2,700 bytes, the user's id among them.
+    SELECT i.n, i.id, i.redacted, i.intake, a.*, k.key, coalesce('key ' || k.key, i.id::text) AS ref
     FROM ROWS FROM (jsonb_to_recordset(%(items)s::jsonb) AS (
         id uuid, asked jsonb, redacted boolean, intake uuid)) WITH ORDINALITY
         AS i (id, asked, redacted, intake, n)
     CROSS JOIN LATERAL jsonb_to_record(i.asked) AS a (
         user_id text, event_name text, title text, body text, summary text, target_url text, severity text,
-        data jsonb, idempotency_key text, batch_key text, subject_key text, private boolean)
+        data jsonb, idempotency_key text, resource_id text, batch_key text, subject_key text, private boolean)
+    CROSS JOIN LATERAL (
+        SELECT coalesce(a.idempotency_key, CASE WHEN octet_length(made.key) > 1500
+                                                THEN encode(sha256(convert_to(made.key, 'UTF8')), 'hex')
+                                                ELSE made.key END) AS key
+        FROM (SELECT a.user_id || ':' || a.event_name || ':' || a.resource_id) AS made (key)
+    ) k
 ),
 -- What was kept for later leaves intake here and nowhere else: it is stored once or was cancelled.
 due AS MATERIALIZED (
@@ -29,7 +36,7 @@ stored AS MATERIALIZED (
     INSERT INTO notifications (user_id, id, event_name, title, body, summary, target_url, severity,
                                data, idempotency_key, batch_key, subject_key, private)
     SELECT user_id, id, event_name, title, body, summary, target_url, severity,
-           data, idempotency_key, batch_key, subject_key, private OR redacted
+           data, key, batch_key, subject_key, private OR redacted
     FROM wanted ORDER BY user_id, ref
     ON CONFLICT (user_id, idempotency_key) WHERE idempotency_key IS NOT NULL
     DO UPDATE SET idempotency_key = EXCLUDED.idempotency_key
@@ -195,7 +202,7 @@ delivered AS (
            CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END, reason, redacted
     FROM queued
 ),
--- The same for the caller.
+-- The same for the caller; leaves: something of it is due outside now.
 told AS (
     SELECT n, json_agg(json_build_object('channel', channel,
                                          'status', CASE WHEN reason IS NULL THEN 'queued' ELSE 'suppressed' END,

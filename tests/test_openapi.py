@@ -38,7 +38,8 @@ DOCUMENT = app.HERE / "templates/openapi.json"
 
 def with_routes(document: Json) -> Json:
     """The document with what the routes and types of the code say."""
-    document = copy.deepcopy(document) | {"info": {"title": "Bellhop", "version": app.VERSION}}
+    version = app.msgspec.toml.decode((app.HERE / "pyproject.toml").read_bytes())["project"]["version"]
+    document = copy.deepcopy(document) | {"info": {"title": "Bellhop", "version": version}}
     routes = [route for route in app.ROUTES if route.path.startswith(("/api/", "/health/"))]
     taken = [route.takes for route in routes if route.takes]
     reference = "#/components/schemas/{name}"
