@@ -1777,19 +1777,6 @@ async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
     return {"token": token, "expires_at": datetime.now(UTC) + life}
 
 
-async def create_key(ask: Ask, wanted: KeyCreate) -> Any:
-    """A new API key; the secret is told this once."""
-    return await add_key(ask.mine, wanted.name, wanted.scope)
-
-
-async def add_key(db: Db, name: str, scope: str, only_first: bool = False) -> dict[str, Any]:
-    """Make an API key and store its hash; with only_first, Problem when there has been one."""
-    secret = f"bh_{secrets.token_urlsafe(32)}"
-    digest = hashlib.sha256(secret.encode()).digest()
-    row = await db.one("create_api_key", name=name, scope=scope, hash=digest, only_first=only_first)
-    return row | {"secret": secret}
-
-
 async def delete_key(ask: Ask) -> None:
     """Revoke an API key, at once in this process."""
     await ask.mine.one("delete_api_key", **ask.path)
@@ -2163,7 +2150,8 @@ class Service:
             lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
             for lang, words in WORDS.items()
         }
-        bound = {"no_target": NO_TARGET, "limits": encode(limits), "notices": encode(notices)}
+        bound = {"limits": encode(limits), "notices": encode(notices)}
+        bound |= {"no_target": NO_TARGET, "only_first": False}
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
         bound |= {"admins": settings.admins, "days": settings.retention_days}
@@ -2297,7 +2285,7 @@ ROUTES = [
     Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", retry_delivery),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
     Route("GET", "/api/keys", "admin", sql("list_api_keys")),
-    Route("POST", "/api/keys", "admin", create_key, KeyCreate, 201),
+    Route("POST", "/api/keys", "admin", sql("create_api_key"), KeyCreate, 201),
     Route("DELETE", "/api/keys/{id:uuid}", "admin", delete_key, None, 204),
     Route("GET", "/api/webhooks", "admin", sql("list_webhooks")),
     Route("POST", "/api/webhooks", "admin", sql("create_webhook"), WebhookCreate, 201),
@@ -2508,7 +2496,8 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
         app = create_app(settings)  # may refuse them: before a key is made that nobody would see
         with contextlib.suppress(Problem):  # there has been a key before
             if embedded:
-                key = (await add_key(db, "first-run", "admin", only_first=True))["secret"]
+                first = {"name": "first-run", "scope": "admin", "only_first": True}
+                key = (await db.one("create_api_key", **first))["secret"]
                 link = sign_in_link(settings, "me", admin=True, minutes=15)
                 text = (HERE / "templates/first_run.txt").read_text()
                 greeting += "\n" + text.format(url=url, key=key, link=link)
@@ -2564,7 +2553,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
                 Service(settings)  # what only its parts can judge: the mail server's URL, the push key
                 return "bellhop: all is well"
             case "create":
-                return (await add_key(db, **args))["secret"]
+                return (await db.one("create_api_key", **args, only_first=False))["secret"]
             case "list":
                 line = "{id}  {name}  {scope}  created {created_at}  last used {last_used_at}"
                 keys = plain(await db.one("list_api_keys"))["keys"]
