@@ -900,17 +900,22 @@ def snake_keys(body: bytes | Raw) -> bytes:
     return msgspec.json.encode(renamed)
 
 
-def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> list[str]:
-    """Whom a notification is for: a demo user itself, otherwise whom the program names."""
-    if caller.kind == "demo" and asked.user_id is None and asked.user_ids is None:
-        return [caller.user_id]
-    if caller.kind == "demo":
-        raise FieldError("user_id", "A demo user writes to itself only")
-    if asked.user_ids is not None and asked.user_id is None and not place:
-        return list(dict.fromkeys(asked.user_ids))
-    if asked.user_id is None or asked.user_ids is not None:
-        raise FieldError(f"{place}user_id", "Expected one recipient")
-    return [asked.user_id]
+def make_items(
+    caller: Caller, asked: NotificationCreate, key: str | None = None, place: str = ""
+) -> list[Item]:
+    """An item for each recipient: a demo user itself, otherwise whom the program names."""
+    match caller.kind, asked.user_id, asked.user_ids:
+        case "demo", None, None:
+            users = [caller.user_id]
+        case "demo", _, _:
+            raise FieldError("user_id", "A demo user writes to itself only")
+        case _, str(user), None:
+            users = [user]
+        case _, None, [*several] if not place:
+            users = list(dict.fromkeys(several))
+        case _:
+            raise FieldError(f"{place}user_id", "Expected one recipient")
+    return [make_item(user, asked, key) for user in users]
 
 
 class Shared:
@@ -1443,7 +1448,7 @@ class Worker:
             asked = decode_body(compact, NotificationCreate)
             if asked.deliver_at is not None:
                 raise FieldError("deliver_at", "Expected in the column due_at")
-            items = [make_item(user, asked) for user in recipients(Caller("key"), asked)]
+            items = make_items(Caller("key"), asked)
             for item in items:
                 item.intake = id
             await self.intake.ask(items)
@@ -1689,17 +1694,11 @@ def results(rows: Iterable[Result]) -> dict[str, Any]:
 async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     """Store a notification: 201, or 200 when its key was seen before. With user_ids one for each
     user; with deliver_at 202, and it is stored when due."""
-    users, key = recipients(ask.user, asked), header_key(ask)
-    items = [make_item(user, asked, key) for user in users]
+    items = make_items(ask.user, asked, header_key(ask))
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise FieldError("deliver_at", "Expected a single user_id with it")
-        key = items[0].asked.idempotency_key
-        # One made of the resource may be longer than a caller's; it is made again when due.
-        later = msgspec.structs.replace(
-            items[0].asked, idempotency_key=key if len(key or "") <= 255 else None
-        )
-        kept = {"payload": encode(later), "due_at": asked.deliver_at, "key": key}
+        kept = {"payload": encode(items[0].asked), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
@@ -1710,23 +1709,20 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
 
 async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
     """What would happen to a notification; nothing is stored."""
-    key = header_key(ask)
-    items = [make_item(user, asked, key) for user in recipients(ask.user, asked)]
-    db = ask.bell.db.bind(rollback=True)
-    rows = await db.many("create_notifications", Result, items=encode(items))
+    items = encode(make_items(ask.user, asked, header_key(ask)))
+    rows = await ask.bell.db.bind(rollback=True).many("create_notifications", Result, items=items)
     return rows[0].answer if asked.user_ids is None else results(rows)
 
 
 async def create_notifications(ask: Ask, batch: Batch) -> Any:
     """Store up to 1,000 notifications, all or none."""
     key = header_key(ask)
-    items = []
+    items = list[Item]()
     for index, asked in enumerate(batch.notifications):
         place = f"notifications[{index}]."
         if asked.deliver_at is not None:
             raise FieldError(f"{place}deliver_at", "Expected outside of a batch")
-        user = recipients(ask.user, asked, place)[0]
-        items.append(make_item(user, asked, key and f"{key}:{index}"))
+        items += make_items(ask.user, asked, key and f"{key}:{index}", place)
     return results(await ask.bell.intake.ask(items))
 
 
