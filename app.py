@@ -537,19 +537,16 @@ def plain(value: Any) -> Any:
 
 
 class Query:
-    """One statement of queries/: its parameters, what it does, and whether it changes an inbox."""
+    """One statement of queries/ and its parameters."""
 
     def __init__(self, path: Path) -> None:
         text = path.read_text()
-        head = "".join(itertools.takewhile(lambda line: line.startswith("--"), text.splitlines(True)))
         self.parameters: dict[str, None] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text))
         self.text = text.encode()
         # As PostgreSQL numbers them: psycopg would look for the names at every call.
         for number, name in enumerate(self.parameters, 1):
             text = text.replace(f"%({name})s", f"${number}")
         self.numbered = text.replace("%%", "%").encode()
-        self.changes_inbox = head.startswith("-- changes: inbox\n")
-        self.about = head.removeprefix("-- changes: inbox\n").replace("-- ", "").replace("\n", " ").strip()
 
 
 Kind = Callable[..., Any] | None  # what a row becomes; None: a dict
@@ -580,7 +577,7 @@ class Db:
         return (await self.many(name, int, **parameters))[0]
 
     async def many(self, name: str, kind: Kind = None, /, **parameters: Any) -> list[Any]:
-        """All rows: dicts, or what kind makes of their columns."""
+        """All rows: dicts, or what kind makes of their columns. `changed` are users to be told."""
         query = QUERIES[name]
         given = {key: self.bound[key] for key in query.parameters.keys() & self.bound.keys()} | parameters
         if query.parameters.keys() != given.keys():
@@ -592,8 +589,9 @@ class Db:
                 rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
             except psycopg.errors.DeadlockDetected:  # nothing was done, and the other one is past by now
                 rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
-        if query.changes_inbox and rows:
-            self.changed(given["user_id"])
+        if kind is None and rows:
+            for user in rows[0].pop("changed", ()):
+                self.changed(user)
         return rows
 
     async def fetch(self, query: Query, kind: Kind, values: list[Any]) -> Any:
@@ -1779,14 +1777,6 @@ async def delete_key(ask: Ask) -> None:
     ask.bell.gate.known.clear()
 
 
-async def retry_delivery(ask: Ask) -> Any:
-    """Put a failed delivery back in the queue, with what left beside it; 409 unless failed."""
-    if (await ask.mine.one("retry_delivery", **ask.path))["status"] != "failed":
-        raise Problem("conflict", "Only a failed delivery can be tried again")
-    ask.bell.worker.wake.set()
-    return ask.path
-
-
 async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
     address = plain(await ask.mine.one("get_webhook", **ask.path))
@@ -1809,12 +1799,11 @@ class Route(NamedTuple):
 
 
 def sql(name: str, only: str = "") -> Action:
-    """The action that is one statement: caller, path and body are its parameters, its row is the answer.
-    A `secret` it asks for is a webhook's, made here and told this once; `changed` are users to be told."""
-    parameters = QUERIES[name].parameters
+    """The action that is one statement: caller, path and body are its parameters, its row is the answer,
+    or its `problem` is. A `secret` it asks for is a webhook's, made here and told this once."""
 
     async def run(ask: Ask, given: Struct | None = None) -> Any:
-        settings, told = ask.bell.settings, dict[str, str]()
+        parameters, settings, told = QUERIES[name].parameters, ask.bell.settings, dict[str, str]()
         fields: dict[str, Any] = msgspec.structs.asdict(given) if given else {}
         if "url" in fields:
             check_scheme(settings, "url", fields["url"])
@@ -1823,11 +1812,10 @@ def sql(name: str, only: str = "") -> Action:
         if "secret" in parameters:
             told["secret"], fields["secret"] = new_webhook_secret(settings.secret)
         row = await ask.mine.one(name, **ask.path, **fields)
-        for user in row.pop("changed", ()):
-            ask.bell.changed(user)
+        if problem := row.pop("problem", None):
+            raise Problem(problem)
         return {only: row[only]} if only else row | told
 
-    run.__doc__ = QUERIES[name].about
     return run
 
 
@@ -2278,7 +2266,7 @@ ROUTES = [
     Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest, 201),
     Route("GET", "/api/deliveries", "admin", sql("list_deliveries"), DeliveriesWanted),
     Route("POST", "/api/deliveries/retry", "admin", sql("retry_deliveries"), RetryRequest),
-    Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", retry_delivery),
+    Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", sql("retry_delivery")),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
     Route("GET", "/api/keys", "admin", sql("list_api_keys")),
     Route("POST", "/api/keys", "admin", sql("create_api_key"), KeyCreate, 201),
