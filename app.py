@@ -1610,7 +1610,6 @@ class InboxStream:
 # An action takes the request and what it was given, runs a statement and returns what to answer.
 # Existence and ownership are in the SQL: ask.mine is the database with the caller's user_id filled in.
 
-QUOTED_SLASH = "\udc2f"  # stands for the %2F in a user's id while its path is routed
 BATCH_BYTES, BODY_BYTES = 4 * 1024 * 1024, 256 * 1024
 MAY_BE_EMPTY = (TokenRequest, RetryRequest)  # bodies that may be left out as a whole
 Action = Callable[..., Awaitable[Any]]
@@ -1643,11 +1642,12 @@ class Ask:
     def path(self) -> dict[str, Any]:
         """What the path names; a user's id within its bounds."""
         named: dict[str, Any] = self.scope["path_params"]
-        if (user_id := named.get("user_id")) is None:
+        if "user_id" not in named:
             return named
+        user_id = unquote(named["user_id"])
         if len(user_id) > 200 or "\0" in user_id:
             raise FieldError("user_id", "Expected at most 200 characters, and no NUL")
-        return {"user_id": user_id.replace(QUOTED_SLASH, "/")}
+        return {"user_id": user_id}
 
     @property
     def here(self) -> str:
@@ -2324,7 +2324,10 @@ class Answering:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         ask, template, fail = Ask(self.service, scope, receive), "", answer_error
         try:
-            found = self.find(path=plain_path(scope), method=scope["method"])
+            # A user's id stays quoted while its path is routed: a slash in it is no end of it.
+            quoted = scope["path"].startswith("/api/users/")
+            path = normalize_path(scope["raw_path"].decode("latin-1") if quoted else scope["path"])
+            found = self.find(path=path, method=scope["method"])
             run, scope["route_handler"], _, scope["path_params"], template = found
             if (route := scope["route_handler"].opt.get("route")) is None:
                 return await run(scope, receive, send)  # OPTIONS
@@ -2334,13 +2337,6 @@ class Answering:
             reply = fail(ask, error)
         answers(template, reply.status).inc()
         return await reply(scope, receive, send)
-
-
-def plain_path(scope: Any) -> str:
-    """The path to route by. A quoted slash is part of a user's id; Litestar would see the end of it there."""
-    if not scope["path"].startswith("/api/users/"):
-        return normalize_path(scope["path"])
-    return normalize_path(unquote(re.sub("%2[fF]", QUOTED_SLASH, scope["raw_path"].decode("latin-1"))))
 
 
 async def unused() -> None:
