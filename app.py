@@ -2309,10 +2309,8 @@ async def answer(ask: Ask, route: Route) -> Any:
     return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
 
 
-@functools.cache
-def answers(path: str, status: int) -> Any:
-    """Counts answers by route, not by path, of which there are endless ones."""
-    return METRICS.requests.labels(path, status)
+# Counts answers by route, not by path, of which there are endless ones.
+answers = functools.cache(METRICS.requests.labels)
 
 
 class Answering:
