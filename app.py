@@ -971,10 +971,8 @@ class Shared:
                 if not done.done():
                     done.set_exception(error)
             return
-        if self.waiting:  # first their statement is sent, and PostgreSQL works while we answer
-            asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
-        else:
-            self.hand_out(requests, rows)
+        # First the statement of those that wait is sent: PostgreSQL works while we answer.
+        asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
 
     def hand_out(self, requests: list[Waiting], rows: list[Any]) -> None:
         """Give each request the rows of its items."""
