@@ -1571,8 +1571,7 @@ class InboxStream:
         asked: Any = scope
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
         if asked["method"] == "GET":
-            parts = self.feed(send), self.wait_for_leave(receive)
-            self.tasks = [asyncio.create_task(part) for part in parts]
+            self.tasks = [asyncio.ensure_future(part) for part in (self.feed(send), receive())]
             with self.hub.counted(self):
                 await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -1584,10 +1583,6 @@ class InboxStream:
     def close(self) -> None:
         for task in self.tasks:
             task.cancel()
-
-    async def wait_for_leave(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
     async def feed(self, send: Send) -> None:
         """Send an event for each change and a comment in silence, for as long as the client takes them."""
@@ -1746,6 +1741,7 @@ async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
 
 async def stream_inbox(ask: Ask) -> ASGIApp:
     """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
+    await ask.body()  # what comes after it is that the client left
     return InboxStream(ask.bell.hub, ask.user.user_id)
 
 
