@@ -857,7 +857,7 @@ async def admit(ask: Ask, by: str) -> None:
 
 BODY_DEPTH = 32  # brackets within each other; deeper ones are refused before they are decoded
 READERS = 2  # list statements under way at once: the second uses the other core
-SHARED_ITEMS = 512  # items that one statement takes; a single larger request still goes whole
+SHARED_ITEMS = 512  # with so many items a statement is full; what a request asks for goes whole
 Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
 
@@ -941,17 +941,11 @@ class Shared:
             await self.arrived.wait()
             self.arrived.clear()
             while self.waiting:
-                await self.answer(self.take())
-
-    def take(self) -> list[Waiting]:
-        """The requests of the next statement; those whose callers gave up are left out."""
-        taken, room = [], SHARED_ITEMS
-        while self.waiting and (not taken or len(self.waiting[0][0]) <= room):
-            items, done = self.waiting.popleft()
-            if not done.done():
-                taken.append((items, done))
-                room -= len(items)
-        return taken
+                requests, room = list[Waiting](), SHARED_ITEMS
+                while self.waiting and room > 0:
+                    requests.append(self.waiting.popleft())
+                    room -= len(requests[-1][0])
+                await self.answer(requests)
 
     async def answer(self, requests: list[Waiting]) -> None:
         """One statement for all; if it fails for one item's sake, each request by itself."""
