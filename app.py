@@ -876,11 +876,10 @@ def decode_body(body: bytes, kind: Any) -> Any:
 
 def refuse_deep(body: bytes) -> None:
     """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
-    depth = 0
-    for token in re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
-        if depth > BODY_DEPTH:
-            raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
+    tokens = re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body)
+    steps = ({b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0) for token in tokens)
+    if any(depth > BODY_DEPTH for depth in itertools.accumulate(steps)):
+        raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
 
 
 def snake_keys(body: bytes | Raw) -> bytes:
