@@ -1654,8 +1654,10 @@ class Ask:
             raise Problem("too_large")
         return body
 
-    async def read(self, kind: Any, at_most: int) -> Any:
-        """The body as `kind`; every way in which JSON can be unacceptable is a 400, 413 or 415 of ours."""
+    async def read(self, method: str, kind: Any, at_most: int) -> Any:
+        """A query or a body as `kind`; every way in which one can be unacceptable is an answer of ours."""
+        if method == "GET":
+            return msgspec.convert(self.query, kind, strict=False)
         body = await self.body(at_most)
         if body and not is_json(self.headers.get("content-type", "")):
             raise Problem("unsupported_media_type")
@@ -2287,12 +2289,8 @@ async def answer(ask: Ask, route: Route) -> Any:
     """Settle who asks, read what was given, act, and make the outcome a reply."""
     if route.by:
         await admit(ask, route.by)
-    if route.takes is None:
-        told = await route.act(ask)
-    elif route.method == "GET":
-        told = await route.act(ask, msgspec.convert(ask.query, route.takes, strict=False))
-    else:
-        told = await route.act(ask, await ask.read(route.takes, route.at_most))
+    given = [await ask.read(route.method, route.takes, route.at_most)] if route.takes else []
+    told = await route.act(ask, *given)
     return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
 
 
