@@ -2117,7 +2117,6 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
         self.loops, self.hub = Loops(), Hub(self)
-        self.changed = self.hub.changed
         limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
         notices = {
             lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
@@ -2128,7 +2127,7 @@ class Service:
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
         bound |= {"admins": settings.admins, "days": settings.retention_days}
-        self.db = Db(self.pool, self.changed, PATIENCE, **bound)
+        self.db = Db(self.pool, self.hub.changed, PATIENCE, **bound)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -2136,7 +2135,7 @@ class Service:
             self.outbound = Outbound(settings)
         except (ValueError, OSError) as error:
             raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
-        patient = Db(self.pool, self.changed, WORKER_PATIENCE, **bound)
+        patient = Db(self.pool, self.hub.changed, WORKER_PATIENCE, **bound)
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
 
@@ -2144,7 +2143,7 @@ class Service:
         """Tell the inboxes that grew."""
         METRICS.batch.observe(len(rows))
         for user in {row.user_id for row in rows if row.inserted}:
-            self.changed(user)
+            self.hub.changed(user)
         if any(row.leaves for row in rows):
             self.worker.wake.set()
 
