@@ -897,13 +897,11 @@ def snake_keys(body: bytes | Raw) -> bytes:
     return msgspec.json.encode(renamed)
 
 
-def make_items(
-    caller: Caller, asked: NotificationCreate, key: str | None = None, place: str = ""
-) -> list[Item]:
+def make_items(by: Caller, asked: NotificationCreate, key: str | None = None, place: str = "") -> list[Item]:
     """An item for each recipient: a demo user itself, otherwise whom the program names."""
-    match caller.kind, asked.user_id, asked.user_ids:
+    match by.kind, asked.user_id, asked.user_ids:
         case "demo", None, None:
-            users = [caller.user_id]
+            users = [by.user_id]
         case "demo", _, _:
             raise FieldError("user_id", "A demo user writes to itself only")
         case _, str(user), None:
@@ -1479,11 +1477,7 @@ class Worker:
 STREAMS_PER_USER = 8
 STREAM_COMMENT_SECONDS = 15  # proxies close what is silent for longer
 STREAM_SEND_SECONDS = 10  # a client that takes nothing for this long has stopped reading
-STREAM_HEADERS = {
-    b"content-type": b"text/event-stream; charset=utf-8",
-    b"cache-control": b"no-store",
-    b"x-accel-buffering": b"no",
-}
+SERVED = msgspec.json.decode((HERE / "templates/served.json").read_bytes())  # media types and headers
 
 
 class Hub:
@@ -1562,7 +1556,8 @@ class InboxStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; to HEAD the start alone."""
         asked: Any = scope
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
+        headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         if asked["method"] == "GET":
             self.tasks = [asyncio.ensure_future(part) for part in (self.feed(send), receive())]
             with self.hub.counted(self):
@@ -1811,15 +1806,9 @@ def sql(name: str, only: str = "") -> Action:
 # ═══ 11 · Pages ═══════════════════════════════════════════════════════════════════════════════
 # Templates hold every word; a page gets what the API would answer, so both tell the same.
 
-ASSETS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-ASSETS |= {".json": JSON, ".webmanifest": "application/manifest+json"}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
-    " manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
-PAGE_HEADERS = PRIVATE | {"Content-Security-Policy": POLICY, "Referrer-Policy": "same-origin"}
+MEDIA = SERVED["media"]
 FILES = {
-    path.name: path.read_bytes() for path in sorted((HERE / "templates").iterdir()) if path.suffix in ASSETS
+    path.name: path.read_bytes() for path in sorted((HERE / "templates").iterdir()) if path.suffix in MEDIA
 }
 FILES_VERSION = hashlib.blake2b(b"".join(FILES.values()), digest_size=6).hexdigest()
 ALL_OF_THEM = {"event": None, "cursor": None, "limit": 30, "channel": None, "about": None}
@@ -1831,7 +1820,7 @@ def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
     values |= {"lang": lang, "w": WORDS[lang], "status": status, "path": ask.here}
     values |= {"user_id": ask.user.user_id, "is_admin": ask.user.admin}
     text = TEMPLATES.get_template(f"{name}.html").render(values)
-    return Reply(text.encode(), status, PAGE_HEADERS, "text/html; charset=utf-8")
+    return Reply(text.encode(), status, SERVED["page"], "text/html; charset=utf-8")
 
 
 @functools.cache
@@ -1911,7 +1900,7 @@ async def get_asset(ask: Ask) -> Reply:
     headers = {"Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
     if ask.path.get("version") == FILES_VERSION:
         headers = {"Cache-Control": "public, max-age=31536000, immutable"}
-    return Reply(FILES[name], 200, headers, ASSETS[Path(name).suffix])
+    return Reply(FILES[name], 200, headers, MEDIA[Path(name).suffix])
 
 
 # ═══ 12 · Operations ══════════════════════════════════════════════════════════════════════════
