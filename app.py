@@ -1553,18 +1553,17 @@ class InboxStream:
         self.stale = asyncio.Event()
         self.stale.set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; to HEAD the start alone."""
-        asked: Any = scope
         headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        if asked["method"] == "GET":
+        if scope["method"] == "GET":
             self.tasks = [asyncio.ensure_future(part) for part in (self.feed(send), receive())]
             with self.hub.counted(self):
                 await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.gather(*self.tasks, return_exceptions=True)
         # This may wait for the client to take the rest, for as long as it lives.
-        cut = asyncio.get_running_loop().call_later(1, asked["extensions"]["abort"])
+        cut = asyncio.get_running_loop().call_later(1, scope["extensions"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
 
@@ -1811,7 +1810,6 @@ FILES = {
     path.name: path.read_bytes() for path in sorted((HERE / "templates").iterdir()) if path.suffix in MEDIA
 }
 FILES_VERSION = hashlib.blake2b(b"".join(FILES.values()), digest_size=6).hexdigest()
-ALL_OF_THEM = {"event": None, "cursor": None, "limit": 30, "channel": None, "about": None}
 
 
 def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
@@ -1824,14 +1822,13 @@ def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
 
 
 @functools.cache
-def script_words(lang: str, *more: str) -> str:
-    """The words that a page's scripts say, as JSON that may stand in HTML."""
-    words = {key: text for key, text in WORDS[lang].items() if key.startswith(("js.", *more))}
-    return jinja2.utils.htmlsafe_json_dumps(words, ensure_ascii=False, separators=(",", ":"))
+def some_words(lang: str, *beginnings: str) -> dict[str, str]:
+    """The words whose names begin like this, for those who do not need all."""
+    return {name: text for name, text in WORDS[lang].items() if name.startswith(beginnings)}
 
 
 TEMPLATES.globals |= {
-    "script_words": script_words,
+    "some_words": some_words,
     "asset": lambda name: f"/assets/{FILES_VERSION}/{name}",
     "languages": {lang: words["page.language"] for lang, words in WORDS.items()},
 }
@@ -1851,9 +1848,10 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
     """The route that shows a template with the rows of statements, by the names of their columns."""
 
     async def show(ask: Ask) -> Reply:
-        asked = {name: ask.query.get(name) == "1" for name in ("unread", "archived")}
-        items = encode([ALL_OF_THEM | asked | {"user_id": ask.user.user_id}])
-        db = ask.mine.bind(**ALL_OF_THEM, **ask.path, status="failed", items=items)
+        inbox = InboxWanted(ask.query.get("unread") == "1", ask.query.get("archived") == "1")
+        items = encode([msgspec.structs.asdict(inbox) | {"user_id": ask.user.user_id}])
+        failed = msgspec.structs.asdict(DeliveriesWanted("failed"))
+        db = ask.mine.bind(**failed, **ask.path, items=items)
         row: dict[str, Any] = {"push_key": ask.bell.outbound.public_key}
         for told in await asyncio.gather(*(db.one(name) for name in names)):
             row |= plain(told.get("answer", told))
@@ -2107,10 +2105,7 @@ class Service:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
         self.loops, self.hub = Loops(), Hub(self)
         limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
-        notices = {
-            lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
-            for lang, words in WORDS.items()
-        }
+        notices = {lang: some_words(lang, "notice.") for lang in WORDS}
         bound = {"limits": encode(limits), "notices": encode(notices)}
         bound |= {"no_target": NO_TARGET, "only_first": False}
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
