@@ -968,11 +968,11 @@ class Shared:
     def hand_out(self, requests: list[Waiting], rows: list[Any]) -> None:
         """Give each request the rows of its items."""
         self.after(rows)
-        start = 0
+        left = iter(rows)
         for wanted, done in requests:
+            told = list(itertools.islice(left, len(wanted)))
             if not done.done():
-                done.set_result(rows[start : start + len(wanted)])
-            start += len(wanted)
+                done.set_result(told)
 
 
 # ═══ 7 · Channels ═════════════════════════════════════════════════════════════════════════════
@@ -1895,9 +1895,7 @@ async def get_asset(ask: Ask) -> Reply:
     name = ask.path.get("name") or ask.scope["path"][1:]
     if name not in FILES:
         raise Problem("not_found")
-    headers = {"Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
-    if ask.path.get("version") == FILES_VERSION:
-        headers = {"Cache-Control": "public, max-age=31536000, immutable"}
+    headers = SERVED["asset" if ask.path.get("version") == FILES_VERSION else "file"]
     return Reply(FILES[name], 200, headers, MEDIA[Path(name).suffix])
 
 
@@ -2106,11 +2104,10 @@ class Service:
         self.loops, self.hub = Loops(), Hub(self)
         limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
         notices = {lang: some_words(lang, "notice.") for lang in WORDS}
-        bound = {"limits": encode(limits), "notices": encode(notices)}
-        bound |= {"no_target": NO_TARGET, "only_first": False}
+        bound = {"limits": encode(limits), "notices": encode(notices), "only_first": False}
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
-        bound |= {"admins": settings.admins, "days": settings.retention_days}
+        bound |= {"admins": settings.admins, "days": settings.retention_days, "no_target": NO_TARGET}
         self.db = Db(self.pool, self.hub.changed, PATIENCE, **bound)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", Result, 1, self.after_store)
