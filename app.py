@@ -1495,20 +1495,20 @@ class Hub:
         for stream in self.streams.get(user_id, ()):
             stream.stale.set()
 
-    @contextlib.contextmanager
-    def counted(self, stream: InboxStream) -> Iterator[None]:
-        """A stream is open meanwhile; one too many closes the oldest."""
+    async def hold(self, stream: InboxStream) -> None:
+        """Keep a stream until one of its tasks ends; one too many closes the oldest."""
         streams = self.streams.setdefault(stream.user_id, [])
         streams.append(stream)
         for each in streams if self.closed else streams[:-STREAMS_PER_USER]:
             each.close()
         try:
-            yield
+            await asyncio.wait(stream.tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stream.close()
             streams.remove(stream)
             if not streams:
                 del self.streams[stream.user_id]
+        await asyncio.gather(*stream.tasks, return_exceptions=True)
 
     def close(self) -> None:
         """End every stream: the process stops."""
@@ -1559,9 +1559,7 @@ class InboxStream:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "GET":
             self.tasks = [asyncio.ensure_future(part) for part in (self.feed(send), receive())]
-            with self.hub.counted(self):
-                await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.gather(*self.tasks, return_exceptions=True)
+            await self.hub.hold(self)
         # This may wait for the client to take the rest, for as long as it lives.
         cut = asyncio.get_running_loop().call_later(1, scope["extensions"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -1827,11 +1825,9 @@ def some_words(lang: str, *beginnings: str) -> dict[str, str]:
     return {name: text for name, text in WORDS[lang].items() if name.startswith(beginnings)}
 
 
-TEMPLATES.globals |= {
-    "some_words": some_words,
-    "asset": lambda name: f"/assets/{FILES_VERSION}/{name}",
-    "languages": {lang: words["page.language"] for lang, words in WORDS.items()},
-}
+TEMPLATES.globals["some_words"] = some_words
+TEMPLATES.globals["asset"] = lambda name: f"/assets/{FILES_VERSION}/{name}"
+TEMPLATES.globals["languages"] = {lang: words["page.language"] for lang, words in WORDS.items()}
 
 
 def show_error(ask: Ask, error: Exception) -> Reply:
