@@ -1825,6 +1825,7 @@ def some_words(lang: str, *beginnings: str) -> dict[str, str]:
     return {name: text for name, text in WORDS[lang].items() if name.startswith(beginnings)}
 
 
+TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
 TEMPLATES.globals["some_words"] = some_words
 TEMPLATES.globals["asset"] = lambda name: f"/assets/{FILES_VERSION}/{name}"
 TEMPLATES.globals["languages"] = {lang: words["page.language"] for lang, words in WORDS.items()}
