@@ -500,19 +500,16 @@ def plain(value: Any) -> Any:
 
 
 class Query:
-    """One statement of queries/: its parameters, what it does, and whether it changes an inbox."""
+    """One statement of queries/ and its parameters."""
 
     def __init__(self, path: Path) -> None:
         text = path.read_text()
-        head = "".join(itertools.takewhile(lambda line: line.startswith("--"), text.splitlines(True)))
         self.parameters: dict[str, None] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text))
         self.text = text.encode()
         # As PostgreSQL numbers them: psycopg would look for the names at every call.
         for number, name in enumerate(self.parameters, 1):
             text = text.replace(f"%({name})s", f"${number}")
         self.numbered = text.replace("%%", "%").encode()
-        self.changes_inbox = head.startswith("-- changes: inbox\n")
-        self.about = head.removeprefix("-- changes: inbox\n").replace("-- ", "").replace("\n", " ").strip()
 
 
 Kind = Callable[..., Any] | None  # what a row becomes; None: a dict
@@ -543,7 +540,7 @@ class Db:
         return (await self.many(name, int, **parameters))[0]
 
     async def many(self, name: str, kind: Kind = None, /, **parameters: Any) -> list[Any]:
-        """All rows: dicts, or what kind makes of their columns."""
+        """All rows: dicts, or what kind makes of their columns. `changed` are users to be told."""
         query = QUERIES[name]
         given = {key: self.bound[key] for key in query.parameters.keys() & self.bound.keys()} | parameters
         if query.parameters.keys() != given.keys():
@@ -555,8 +552,9 @@ class Db:
                 rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
             except psycopg.errors.DeadlockDetected:  # nothing was done, and the other one is past by now
                 rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
-        if query.changes_inbox and rows:
-            self.changed(given["user_id"])
+        if kind is None and rows:
+            for user in rows[0].pop("changed", ()):
+                self.changed(user)
         return rows
 
     async def fetch(self, query: Query, kind: Kind, values: list[Any]) -> Any:
@@ -806,7 +804,7 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
 
 BODY_DEPTH = 32  # brackets within each other; deeper ones are refused before they are decoded
 READERS = 2  # list statements under way at once: the second uses the other core
-SHARED_ITEMS = 512  # items that one statement takes; a single larger request still goes whole
+SHARED_ITEMS = 512  # with so many items a statement is full; what a request asks for goes whole
 Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
 
@@ -825,11 +823,10 @@ def decode_body(body: bytes, kind: Any) -> Any:
 
 def refuse_deep(body: bytes) -> None:
     """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
-    depth = 0
-    for token in re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
-        if depth > BODY_DEPTH:
-            raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
+    tokens = re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body)
+    steps = ({b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0) for token in tokens)
+    if any(depth > BODY_DEPTH for depth in itertools.accumulate(steps)):
+        raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
 
 
 def snake_keys(body: bytes | Raw) -> bytes:
@@ -847,17 +844,22 @@ def snake_keys(body: bytes | Raw) -> bytes:
     return msgspec.json.encode(renamed)
 
 
-def recipients(caller: Caller, asked: NotificationCreate, place: str = "") -> list[str]:
-    """Whom a notification is for: a demo user itself, otherwise whom the program names."""
-    if caller.kind == "demo" and asked.user_id is None and asked.user_ids is None:
-        return [caller.user_id]
-    if caller.kind == "demo":
-        raise Problem("invalid", "A demo user writes to itself only", "user_id")
-    if asked.user_ids is not None and asked.user_id is None and not place:
-        return list(dict.fromkeys(asked.user_ids))
-    if asked.user_id is None or asked.user_ids is not None:
-        raise Problem("invalid", "Expected one recipient", f"{place}user_id")
-    return [asked.user_id]
+def make_items(
+    by: Caller, asked: NotificationCreate, key: str | None = None, place: str = ""
+) -> list[dict[str, Any]]:
+    """An item for each recipient: a demo user itself, otherwise whom the program names."""
+    match by.kind, asked.user_id, asked.user_ids:
+        case "demo", None, None:
+            users = [by.user_id]
+        case "demo", _, _:
+            raise Problem("invalid", "A demo user writes to itself only", "user_id")
+        case _, str(user), None:
+            users = [user]
+        case _, None, [*several] if not place:
+            users = list(dict.fromkeys(several))
+        case _:
+            raise Problem("invalid", "Expected one recipient", f"{place}user_id")
+    return [make_item(user, asked, key) for user in users]
 
 
 class Shared:
@@ -884,17 +886,11 @@ class Shared:
         await self.arrived.wait()
         self.arrived.clear()
         while self.waiting:
-            await self.answer(self.take())
-
-    def take(self) -> list[Waiting]:
-        """The requests of the next statement; those whose callers gave up are left out."""
-        taken, room = [], SHARED_ITEMS
-        while self.waiting and (not taken or len(self.waiting[0][0]) <= room):
-            items, done = self.waiting.popleft()
-            if not done.done():
-                taken.append((items, done))
-                room -= len(items)
-        return taken
+            requests, room = list[Waiting](), SHARED_ITEMS
+            while self.waiting and room > 0:
+                requests.append(self.waiting.popleft())
+                room -= len(requests[-1][0])
+            await self.answer(requests)
 
     async def answer(self, requests: list[Waiting]) -> None:
         """One statement for all; if it fails for one item's sake, each request by itself."""
@@ -914,19 +910,17 @@ class Shared:
                 if not done.done():
                     done.set_exception(error)
             return
-        if self.waiting:  # first their statement is sent, and PostgreSQL works while we answer
-            asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
-        else:
-            self.hand_out(requests, rows)
+        # First the statement of those that wait is sent: PostgreSQL works while we answer.
+        asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
 
     def hand_out(self, requests: list[Waiting], rows: list[Any]) -> None:
         """Give each request the rows of its items."""
         self.after(rows)
-        start = 0
+        left = iter(rows)
         for wanted, done in requests:
+            told = list(itertools.islice(left, len(wanted)))
             if not done.done():
-                done.set_result(rows[start : start + len(wanted)])
-            start += len(wanted)
+                done.set_result(told)
 
 
 # ═══ 7 · Channels ═════════════════════════════════════════════════════════════════════════════
@@ -1350,8 +1344,7 @@ class Worker:
             asked = decode_body(compact, NotificationCreate)
             if asked.deliver_at is not None:
                 raise Problem("invalid", "Expected in the column due_at", "deliver_at")
-            users = recipients(Caller("key"), asked)
-            await self.intake.ask([make_item(user, asked) | {"intake": id} for user in users])
+            await self.intake.ask([item | {"intake": id} for item in make_items(Caller("key"), asked)])
         except Exception as error:
             problem = as_problem(error)
             if problem.code == "database_away":
@@ -1391,11 +1384,7 @@ class Worker:
 STREAMS_PER_USER = 8
 STREAM_COMMENT_SECONDS = 15  # proxies close what is silent for longer
 STREAM_SEND_SECONDS = 10  # a client that takes nothing for this long has stopped reading
-STREAM_HEADERS = {
-    b"content-type": b"text/event-stream; charset=utf-8",
-    b"cache-control": b"no-store",
-    b"x-accel-buffering": b"no",
-}
+SERVED = msgspec.json.decode((HERE / "templates/served.json").read_bytes())  # media types and headers
 
 
 class Hub:
@@ -1413,20 +1402,20 @@ class Hub:
         for stream in self.streams.get(user_id, ()):
             stream.stale.set()
 
-    @contextlib.contextmanager
-    def counted(self, stream: InboxStream) -> Iterator[None]:
-        """A stream is open meanwhile; one too many closes the oldest."""
+    async def hold(self, stream: InboxStream) -> None:
+        """Keep a stream until one of its tasks ends; one too many closes the oldest."""
         streams = self.streams.setdefault(stream.user_id, [])
         streams.append(stream)
         for each in streams if self.closed else streams[:-STREAMS_PER_USER]:
             each.close()
         try:
-            yield
+            await asyncio.wait(stream.tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stream.close()
             streams.remove(stream)
             if not streams:
                 del self.streams[stream.user_id]
+        await asyncio.gather(*stream.tasks, return_exceptions=True)
 
     def close(self) -> None:
         """End every stream: the process stops."""
@@ -1471,28 +1460,21 @@ class InboxStream:
         self.stale = asyncio.Event()
         self.stale.set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Send until the client leaves, stops reading or is replaced; to HEAD the start alone."""
-        asked: Any = scope
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS.items()})
-        if asked["method"] == "GET":
-            parts = self.feed(send), self.wait_for_leave(receive)
-            self.tasks = [asyncio.create_task(part) for part in parts]
-            with self.hub.counted(self):
-                await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.gather(*self.tasks, return_exceptions=True)
+        headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if scope["method"] == "GET":
+            self.tasks = [asyncio.ensure_future(part) for part in (self.feed(send), receive())]
+            await self.hub.hold(self)
         # This may wait for the client to take the rest, for as long as it lives.
-        cut = asyncio.get_running_loop().call_later(1, asked["extensions"]["abort"])
+        cut = asyncio.get_running_loop().call_later(1, scope["extensions"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
 
     def close(self) -> None:
         for task in self.tasks:
             task.cancel()
-
-    async def wait_for_leave(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
     async def feed(self, send: Send) -> None:
         """Send an event for each change and a comment in silence, for as long as the client takes them."""
@@ -1513,7 +1495,6 @@ class InboxStream:
 # An action takes the request and what it was given, runs a statement and returns what to answer.
 # Existence and ownership are in the SQL: ask.mine is the database with the caller's user_id filled in.
 
-QUOTED_SLASH = "\udc2f"  # stands for the %2F in a user's id while its path is routed
 BATCH_BYTES, BODY_BYTES = 4 * 1024 * 1024, 256 * 1024
 MAY_BE_EMPTY = (TokenRequest, RetryRequest)  # bodies that may be left out as a whole
 Action = Callable[..., Awaitable[Any]]
@@ -1546,11 +1527,12 @@ class Ask:
     def path(self) -> dict[str, Any]:
         """What the path names; a user's id within its bounds."""
         named: dict[str, Any] = self.scope["path_params"]
-        if (user_id := named.get("user_id")) is None:
+        if "user_id" not in named:
             return named
+        user_id = unquote(named["user_id"])
         if len(user_id) > 200 or "\0" in user_id:
             raise Problem("invalid", "Expected at most 200 characters, and no NUL", "user_id")
-        return {"user_id": user_id.replace(QUOTED_SLASH, "/")}
+        return {"user_id": user_id}
 
     @property
     def here(self) -> str:
@@ -1571,8 +1553,10 @@ class Ask:
             raise Problem("too_large")
         return body
 
-    async def read(self, kind: Any, at_most: int) -> Any:
-        """The body as `kind`; every way in which JSON can be unacceptable is a 400, 413 or 415 of ours."""
+    async def read(self, method: str, kind: Any, at_most: int) -> Any:
+        """A query or a body as `kind`; every way in which one can be unacceptable is an answer of ours."""
+        if method == "GET":
+            return msgspec.convert(self.query, kind, strict=False)
         body = await self.body(at_most)
         if body and not is_json(self.headers.get("content-type", "")):
             raise Problem("unsupported_media_type")
@@ -1595,8 +1579,7 @@ def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     """Store a notification: 201, or 200 when its key was seen before. With user_ids one for each
     user; with deliver_at 202, and it is stored when due."""
-    users, key = recipients(ask.user, asked), header_key(ask)
-    items = [make_item(user, asked, key) for user in users]
+    items = make_items(ask.user, asked, header_key(ask))
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise Problem("invalid", "Expected a single user_id with it", "deliver_at")
@@ -1611,23 +1594,20 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
 
 async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
     """What would happen to a notification; nothing is stored."""
-    key = header_key(ask)
-    items = [make_item(user, asked, key) for user in recipients(ask.user, asked)]
-    db = ask.bell.db.bind(rollback=True)
-    rows = await db.many("create_notifications", items=encode(items))
+    items = encode(make_items(ask.user, asked, header_key(ask)))
+    rows = await ask.bell.db.bind(rollback=True).many("create_notifications", items=items)
     return rows[0]["answer"] if asked.user_ids is None else results(rows)
 
 
 async def create_notifications(ask: Ask, batch: Batch) -> Any:
     """Store up to 1,000 notifications, all or none."""
     key = header_key(ask)
-    items = []
+    items = list[dict[str, Any]]()
     for index, asked in enumerate(batch.notifications):
         place = f"notifications[{index}]."
         if asked.deliver_at is not None:
             raise Problem("invalid", "Expected outside of a batch", f"{place}deliver_at")
-        user = recipients(ask.user, asked, place)[0]
-        items.append(make_item(user, asked, key and f"{key}:{index}"))
+        items += make_items(ask.user, asked, key and f"{key}:{index}", place)
     return results(await ask.bell.intake.ask(items))
 
 
@@ -1655,6 +1635,7 @@ async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
 
 async def stream_inbox(ask: Ask) -> ASGIApp:
     """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
+    await ask.body()  # what comes after it is that the client left
     return InboxStream(ask.bell.hub, ask.user.user_id)
 
 
@@ -1684,14 +1665,6 @@ async def delete_key(ask: Ask) -> None:
     ask.bell.gate.known.clear()
 
 
-async def retry_delivery(ask: Ask) -> Any:
-    """Put a failed delivery back in the queue, with what left beside it; 409 unless failed."""
-    if (await ask.mine.one("retry_delivery", **ask.path))["status"] != "failed":
-        raise Problem("conflict", "Only a failed delivery can be tried again")
-    ask.bell.worker.wake.set()
-    return ask.path
-
-
 async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
     address = plain(await ask.mine.one("get_webhook", **ask.path))
@@ -1714,12 +1687,11 @@ class Route(NamedTuple):
 
 
 def sql(name: str, only: str = "") -> Action:
-    """The action that is one statement: caller, path and body are its parameters, its row is the answer.
-    A `secret` it asks for is a webhook's, made here and told this once; `changed` are users to be told."""
-    parameters = QUERIES[name].parameters
+    """The action that is one statement: caller, path and body are its parameters, its row is the answer,
+    or its `problem` is. A `secret` it asks for is a webhook's, made here and told this once."""
 
     async def run(ask: Ask, given: Struct | None = None) -> Any:
-        settings, told = ask.bell.settings, dict[str, str]()
+        parameters, settings, told = QUERIES[name].parameters, ask.bell.settings, dict[str, str]()
         fields: dict[str, Any] = msgspec.structs.asdict(given) if given else {}
         if "url" in fields:
             check_scheme(settings, "url", fields["url"])
@@ -1728,29 +1700,21 @@ def sql(name: str, only: str = "") -> Action:
         if "secret" in parameters:
             told["secret"], fields["secret"] = new_webhook_secret(settings.secret)
         row = await ask.mine.one(name, **ask.path, **fields)
-        for user in row.pop("changed", ()):
-            ask.bell.changed(user)
+        if problem := row.pop("problem", None):
+            raise Problem(problem)
         return {only: row[only]} if only else row | told
 
-    run.__doc__ = QUERIES[name].about
     return run
 
 
 # ═══ 11 · Pages ═══════════════════════════════════════════════════════════════════════════════
 # Templates hold every word; a page gets what the API would answer, so both tell the same.
 
-ASSETS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-ASSETS |= {".json": JSON, ".webmanifest": "application/manifest+json"}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
-    " manifest-src 'self'; worker-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
-PAGE_HEADERS = PRIVATE | {"Content-Security-Policy": POLICY, "Referrer-Policy": "same-origin"}
+MEDIA = SERVED["media"]
 FILES = {
-    path.name: path.read_bytes() for path in sorted((HERE / "templates").iterdir()) if path.suffix in ASSETS
+    path.name: path.read_bytes() for path in sorted((HERE / "templates").iterdir()) if path.suffix in MEDIA
 }
 FILES_VERSION = hashlib.blake2b(b"".join(FILES.values()), digest_size=6).hexdigest()
-ALL_OF_THEM = {"event": None, "cursor": None, "limit": 30, "channel": None, "about": None}
 
 
 def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
@@ -1759,21 +1723,19 @@ def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
     values |= {"lang": lang, "w": WORDS[lang], "status": status, "path": ask.here}
     values |= {"user_id": ask.user.user_id, "is_admin": ask.user.admin}
     text = TEMPLATES.get_template(f"{name}.html").render(values)
-    return Reply(text.encode(), status, PAGE_HEADERS, "text/html; charset=utf-8")
+    return Reply(text.encode(), status, SERVED["page"], "text/html; charset=utf-8")
 
 
 @functools.cache
-def script_words(lang: str, *more: str) -> str:
-    """The words that a page's scripts say, as JSON that may stand in HTML."""
-    words = {key: text for key, text in WORDS[lang].items() if key.startswith(("js.", *more))}
-    return jinja2.utils.htmlsafe_json_dumps(words, ensure_ascii=False, separators=(",", ":"))
+def some_words(lang: str, *beginnings: str) -> dict[str, str]:
+    """The words whose names begin like this, for those who do not need all."""
+    return {name: text for name, text in WORDS[lang].items() if name.startswith(beginnings)}
 
 
-TEMPLATES.globals |= {
-    "script_words": script_words,
-    "asset": lambda name: f"/assets/{FILES_VERSION}/{name}",
-    "languages": {lang: words["page.language"] for lang, words in WORDS.items()},
-}
+TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+TEMPLATES.globals["some_words"] = some_words
+TEMPLATES.globals["asset"] = lambda name: f"/assets/{FILES_VERSION}/{name}"
+TEMPLATES.globals["languages"] = {lang: words["page.language"] for lang, words in WORDS.items()}
 
 
 def show_error(ask: Ask, error: Exception) -> Reply:
@@ -1790,9 +1752,10 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
     """The route that shows a template with the rows of statements, by the names of their columns."""
 
     async def show(ask: Ask) -> Reply:
-        asked = {name: ask.query.get(name) == "1" for name in ("unread", "archived")}
-        items = encode([ALL_OF_THEM | asked | {"user_id": ask.user.user_id}])
-        db = ask.mine.bind(**ALL_OF_THEM, **ask.path, status="failed", items=items)
+        inbox = InboxWanted(ask.query.get("unread") == "1", ask.query.get("archived") == "1")
+        items = encode([msgspec.structs.asdict(inbox) | {"user_id": ask.user.user_id}])
+        failed = msgspec.structs.asdict(DeliveriesWanted("failed"))
+        db = ask.mine.bind(**failed, **ask.path, items=items)
         row: dict[str, Any] = {"push_key": ask.bell.outbound.public_key}
         for told in await asyncio.gather(*(db.one(name) for name in names)):
             row |= plain(told.get("answer", told))
@@ -1836,10 +1799,8 @@ async def get_asset(ask: Ask) -> Reply:
     name = ask.path.get("name") or ask.scope["path"][1:]
     if name not in FILES:
         raise Problem("not_found")
-    headers = {"Cache-Control": "no-cache", "Access-Control-Allow-Origin": "*"}
-    if ask.path.get("version") == FILES_VERSION:
-        headers = {"Cache-Control": "public, max-age=31536000, immutable"}
-    return Reply(FILES[name], 200, headers, ASSETS[Path(name).suffix])
+    headers = SERVED["asset" if ask.path.get("version") == FILES_VERSION else "file"]
+    return Reply(FILES[name], 200, headers, MEDIA[Path(name).suffix])
 
 
 # ═══ 12 · Operations ══════════════════════════════════════════════════════════════════════════
@@ -2043,17 +2004,13 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pool = settings, make_pool(settings, settings.pool_size)
         self.loops, self.hub = Loops(), Hub(self)
-        self.changed = self.hub.changed
         limits = {way: getattr(settings, f"{way}_per_minute") for way in ("email", "push", "webhook")}
-        notices = {
-            lang: {key[7:]: text for key, text in words.items() if key.startswith("notice.")}
-            for lang, words in WORDS.items()
-        }
-        bound = {"no_target": NO_TARGET, "limits": encode(limits), "notices": encode(notices)}
+        notices = {lang: some_words(lang, "notice.") for lang in WORDS}
+        bound = {"limits": encode(limits), "notices": encode(notices), "only_first": False}
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
-        bound |= {"admins": settings.admins, "days": settings.retention_days, "only_first": False}
-        self.db = Db(self.pool, self.changed, PATIENCE, **bound)
+        bound |= {"admins": settings.admins, "days": settings.retention_days, "no_target": NO_TARGET}
+        self.db = Db(self.pool, self.hub.changed, PATIENCE, **bound)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", None, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -2061,7 +2018,7 @@ class Service:
             self.outbound = Outbound(settings)
         except (ValueError, OSError) as error:
             raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
-        patient = Db(self.pool, self.changed, WORKER_PATIENCE, **bound)
+        patient = Db(self.pool, self.hub.changed, WORKER_PATIENCE, **bound)
         self.worker = Worker(settings, patient, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
 
@@ -2069,7 +2026,7 @@ class Service:
         """Tell the inboxes that grew."""
         METRICS["create_batch"].observe(len(rows))
         for user in {row["user_id"] for row in rows if row["inserted"]}:
-            self.changed(user)
+            self.hub.changed(user)
         if any(row["leaves"] for row in rows):
             self.worker.wake.set()
 
@@ -2180,7 +2137,7 @@ ROUTES = [
     Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest, 201),
     Route("GET", "/api/deliveries", "admin", sql("list_deliveries"), DeliveriesWanted),
     Route("POST", "/api/deliveries/retry", "admin", sql("retry_deliveries"), RetryRequest),
-    Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", retry_delivery),
+    Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", sql("retry_delivery")),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
     Route("GET", "/api/keys", "admin", sql("list_api_keys")),
     Route("POST", "/api/keys", "admin", sql("create_api_key"), KeyCreate, 201),
@@ -2217,51 +2174,36 @@ async def answer(ask: Ask, route: Route) -> Any:
         allowed, words = ADMITTED[route.by]
         if not allowed(ask.user):
             raise Problem("forbidden", words)
-    if route.takes is None:
-        told = await route.act(ask)
-    elif route.method == "GET":
-        told = await route.act(ask, msgspec.convert(ask.query, route.takes, strict=False))
-    else:
-        told = await route.act(ask, await ask.read(route.takes, route.at_most))
+    given = [await ask.read(route.method, route.takes, route.at_most)] if route.takes else []
+    told = await route.act(ask, *given)
     return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
 
 
-@functools.cache
-def answers(path: str, status: int) -> Any:
-    """Counts answers by route, not by path, of which there are endless ones."""
-    return METRICS["requests"].labels(path, status)
+# Counts answers by route, not by path, of which there are endless ones.
+answers = functools.cache(METRICS["requests"].labels)
 
 
-class Answering:
-    """Runs the routes that Litestar's router finds: Litestar's own layers would add 13 µs to 82."""
-
-    def __init__(self, app: Litestar, service: Service) -> None:
-        self.find, self.service = app.asgi_router.handle_routing, service
-
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        ask, template, fail = Ask(self.service, scope, receive), "", answer_error
-        try:
-            found = self.find(path=plain_path(scope), method=scope["method"])
-            run, scope["route_handler"], _, scope["path_params"], template = found
-            if (route := scope["route_handler"].opt.get("route")) is None:
-                return await run(scope, receive, send)  # OPTIONS
-            fail = route.fail
-            reply: Any = await answer(ask, route)
-        except Exception as error:
-            reply = fail(ask, error)
-        answers(template, reply.status).inc()
-        return await reply(scope, receive, send)
-
-
-def plain_path(scope: Any) -> str:
-    """The path to route by. A quoted slash is part of a user's id; Litestar would see the end of it there."""
-    if not scope["path"].startswith("/api/users/"):
-        return normalize_path(scope["path"])
-    return normalize_path(unquote(re.sub("%2[fF]", QUOTED_SLASH, scope["raw_path"].decode("latin-1"))))
+async def respond(service: Service, find: Any, scope: Any, receive: Receive, send: Send) -> None:
+    """Run the route that Litestar's router finds: Litestar's own layers would add 13 µs to 82."""
+    ask, template, fail = Ask(service, scope, receive), "", answer_error
+    try:
+        # A user's id stays quoted while its path is routed: a slash in it is no end of it.
+        quoted = scope["path"].startswith("/api/users/")
+        path = normalize_path(scope["raw_path"].decode("latin-1") if quoted else scope["path"])
+        found = find(path=path, method=scope["method"])
+        run, scope["route_handler"], _, scope["path_params"], template = found
+        if (route := scope["route_handler"].opt.get("route")) is None:
+            return await run(scope, receive, send)  # OPTIONS
+        fail = route.fail
+        reply: Any = await answer(ask, route)
+    except Exception as error:
+        reply = fail(ask, error)
+    answers(template, reply.status).inc()
+    return await reply(scope, receive, send)
 
 
 async def unused() -> None:
-    """A handler for Litestar to route to; Answering is there before it is called."""
+    """A handler for Litestar to route to; respond() is there before it is called."""
 
 
 def make_handler(route: Route) -> HTTPRouteHandler:
@@ -2283,7 +2225,7 @@ def create_app(settings: Settings) -> Litestar:
         logging_config=None,
     )
     app.state.service = service
-    answering = Answering(app, service)
+    answering = functools.partial(respond, service, app.asgi_router.handle_routing)
     if settings.cors_origins:  # Litestar's answer to other origins is its outermost layer
         cast("Any", app.asgi_handler).app = answering
     else:

@@ -1,4 +1,3 @@
--- changes: inbox
 -- Erases everything about a user; deliveries go with their notifications.
 WITH gone_notifications AS (DELETE FROM notifications WHERE user_id = %(user_id)s::text),
 gone_messages AS (DELETE FROM outbox WHERE user_id = %(user_id)s::text),
@@ -24,4 +23,4 @@ left_intake AS (
     FROM waiting w
     WHERE i.id = w.id AND w.own IS NOT TRUE AND NOT w.users <@ to_jsonb(ARRAY[%(user_id)s::text])
 )
-SELECT %(user_id)s::text AS user_id
+SELECT ARRAY[%(user_id)s::text] AS changed

@@ -120,8 +120,8 @@ alive AS (
 noticed AS (
     INSERT INTO intake (payload)
     SELECT jsonb_build_object('user_id', n.user_id, 'event_name', 'bellhop.channel_disabled',
-                              'severity', 'warning', 'title', words.text ->> (n.channel || '_title'),
-                              'body', coalesce(n.about || E'\n', '') || (words.text ->> (n.channel || '_body')),
+                              'severity', 'warning', 'title', words.text ->> ('notice.' || n.channel || '_title'),
+                              'body', coalesce(n.about || E'\n', '') || (words.text ->> ('notice.' || n.channel || '_body')),
                               'target_url', CASE n.channel WHEN 'webhook' THEN '/admin' ELSE '/preferences' END)
     FROM (
         SELECT user_id, 'push' AS channel, NULL AS about FROM lost_browsers

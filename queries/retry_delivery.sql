@@ -1,5 +1,5 @@
 -- Puts a failed delivery back in the queue with a fresh attempt budget, and what left with it: they
--- are one message. Returns the status it had; no row when there is no such delivery.
+-- are one message. A conflict unless it failed; no row when there is no such delivery.
 WITH asked AS (
     SELECT user_id, message_id, status FROM deliveries WHERE id = %(id)s::uuid
 ),
@@ -15,4 +15,4 @@ queued AS (
     SET status = 'queued', last_error = NULL
     FROM again a WHERE d.user_id = a.user_id AND d.message_id = a.id AND d.status = 'failed'
 )
-SELECT status FROM asked
+SELECT %(id)s::uuid AS id, CASE WHEN status <> 'failed' THEN 'conflict' END AS problem FROM asked

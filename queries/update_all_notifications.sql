@@ -1,4 +1,3 @@
--- changes: inbox
 -- Marks a user's notifications read, up to and including one of them; no row when it is not theirs.
 WITH bound AS (
     SELECT WHERE %(before)s::uuid IS NULL
@@ -15,5 +14,6 @@ marked AS (
 SELECT (SELECT count(*) FROM marked) AS updated,
        (SELECT count(*) FROM notifications
         WHERE user_id = %(user_id)s::text AND read_at IS NULL AND archived_at IS NULL
-          AND id > %(before)s::uuid) AS unread_count
+          AND id > %(before)s::uuid) AS unread_count,
+       ARRAY[%(user_id)s::text] AS changed
 FROM bound

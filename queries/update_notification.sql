@@ -1,4 +1,3 @@
--- changes: inbox
 -- Marks one notification read or unread, archives or restores it; the first read_at is kept.
 -- NULL leaves a state alone. The count adds the changed row to the others: it sees the old ones.
 WITH changed AS (
@@ -14,5 +13,6 @@ WITH changed AS (
 SELECT c.notification,
        (SELECT count(*) FROM notifications
         WHERE user_id = %(user_id)s::text AND read_at IS NULL AND archived_at IS NULL AND id <> c.id)
-       + (c.read_at IS NULL AND c.archived_at IS NULL)::int AS unread_count
+       + (c.read_at IS NULL AND c.archived_at IS NULL)::int AS unread_count,
+       ARRAY[%(user_id)s::text] AS changed
 FROM changed c

@@ -5,6 +5,8 @@ knows as well, `python tests/test_openapi.py` writes into it: paths, parameters 
 """
 
 import copy
+import inspect
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -51,7 +53,7 @@ def with_routes(document: Json) -> Json:
         method, path = route.method.lower(), re.sub(r":\w+", "", route.path)
         operation = before.get(path, {}).get(method, {"security": [], "responses": {}})
         operation |= {"operationId": f"{method} {path}", "parameters": parameters(route, types)}
-        operation["description"] = " ".join((route.act.__doc__ or "").split())
+        operation["description"] = about(route)
         if route.takes and method != "get":
             operation["requestBody"] = {
                 "content": {"application/json": {"schema": shape_of[str(route.takes)]}},
@@ -61,6 +63,14 @@ def with_routes(document: Json) -> Json:
     asked = {route.takes.__name__ for route in routes if route.takes and route.method == "GET"}
     document["components"]["schemas"] |= {name: types[name] for name in sorted(types.keys() - asked)}
     return document
+
+
+def about(route: app.Route) -> str:
+    """What a route does: the head of its statement, if that is all it is, or what its action says."""
+    statement = inspect.getclosurevars(route.act).nonlocals.get("name")
+    lines = app.QUERIES[statement].text.decode().splitlines() if statement else []
+    head = [line.removeprefix("-- ") for line in itertools.takewhile(lambda line: line[:2] == "--", lines)]
+    return " ".join(head or (route.act.__doc__ or "").split())
 
 
 def parameters(route: app.Route, types: Json) -> list[Json]:

@@ -23,7 +23,7 @@ Faults = list[str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # The aim for the file is 1,500 lines; until it is reached, this bound may only be lowered.
-FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, LINE_COLUMNS = 2476, 40, 8, 110
+FILE_LINES, FUNCTION_LINES, MEDIAN_LINES, LINE_COLUMNS = 2418, 40, 8, 110
 DB_VERBS = ("one", "maybe", "many", "run")
 VERBS = "create|get|list|count|update|delete|claim|finish|retry|release|prune|record"
 ENTRIES = {
@@ -210,9 +210,8 @@ def wrong_name(name: str, text: str) -> Faults:
 
 
 def wrong_header(name: str, text: str) -> Faults:
-    """One to three lines of comment that say what it does; the marker `changes:` is not one of them."""
-    header = itertools.takewhile(lambda line: line.startswith("-- "), text.splitlines())
-    count = sum(not line.startswith("-- changes:") for line in header)
+    """One to three lines of comment that say what it does."""
+    count = len(list(itertools.takewhile(lambda line: line.startswith("-- "), text.splitlines())))
     return [] if 1 <= count <= 3 else [f"{name} has {count} header lines"]
 
 
