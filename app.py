@@ -829,7 +829,7 @@ def refuse_deep(body: bytes) -> None:
         raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
 
 
-def snake_keys(body: bytes | Raw) -> bytes:
+def snake_keys(body: bytes | Raw, place: str = "") -> bytes:
     """The same JSON object with its field names in snake_case, those of notifications included."""
     renamed: dict[str, Raw] = {}
     if not bytes(body).lstrip().startswith(b"{"):
@@ -837,10 +837,11 @@ def snake_keys(body: bytes | Raw) -> bytes:
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         if snake in renamed:
-            raise Problem("invalid", "Given twice", snake)
+            raise Problem("invalid", "Given twice", place + snake)
         many = snake == "notifications" and bytes(value).startswith(b"[")
-        items = map(snake_keys, msgspec.json.decode(value, type=list[Raw])) if many else ()
-        renamed[snake] = Raw(b"[%s]" % b",".join(items)) if many else value
+        items = enumerate(msgspec.json.decode(value, type=list[Raw])) if many else ()
+        each = [snake_keys(item, f"{snake}[{index}].") for index, item in items]
+        renamed[snake] = Raw(b"[%s]" % b",".join(each)) if many else value
     return msgspec.json.encode(renamed)
 
 
@@ -856,10 +857,11 @@ def make_items(
         case _, str(user), None:
             users = [user]
         case _, None, [*several] if not place:
-            users = list(dict.fromkeys(several))
+            users = several
         case _:
             raise Problem("invalid", "Expected one recipient", f"{place}user_id")
-    return [make_item(user, asked, key) for user in users]
+    made = {user: make_item(user, asked, key) for user in users}
+    return [made[user] for user in users]
 
 
 class Shared:
@@ -1588,8 +1590,7 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
         return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
-    by_user = {row["user_id"]: row for row in rows}
-    return Reply(results(by_user[user] for user in asked.user_ids), 201)
+    return Reply(results(rows), 201)
 
 
 async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
