@@ -47,9 +47,13 @@ ENDLESS = "endless"  # answer 500 with a body that never ends
 
 async def hang_up_on_everybody() -> None:
     """End what a client opened in the very moment in which a loop ends: Python would tell of a leak."""
-    for transport in list(getattr(asyncio.get_running_loop(), "_transports", {}).values()):
-        transport.abort()
-    await asyncio.sleep(0.01)
+    quiet = 0
+    while quiet < 3:  # again and again: one that was just accepted is known a few turns later
+        quiet += 1
+        for transport in list(getattr(asyncio.get_running_loop(), "_transports", {}).values()):
+            quiet = quiet if transport.is_closing() else 0
+            transport.abort()
+        await asyncio.sleep(0.005)
 
 
 class Peer(abc.ABC):
