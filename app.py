@@ -671,7 +671,7 @@ def describe(error: BaseException) -> str:
 
 COOKIE = "bellhop_session"
 SESSION_DAYS = 30
-PROOF_SECONDS = 1.0  # how long a proof that was checked is believed; a revoked key dies within it
+PROOFS = 10_000  # so many are believed for the second in which they were checked; a revoked key dies with it
 
 
 class Caller(Struct, frozen=True):
@@ -696,7 +696,8 @@ class Gatekeeper:
         }
         if provider := load_public_key(settings.jwt_public_key):
             self.kinds["provider"] = (*provider, settings.jwt_audience or None)
-        self.known: dict[str, asyncio.Task[Caller]] = {}
+        # One look a second is enough, however many wait for it.
+        self.look = functools.lru_cache(PROOFS)(lambda proof, _: asyncio.ensure_future(self.check(proof)))
 
     async def identify(self, ask: Ask) -> Caller:
         """The caller of a request, or 401; 403 when a browser proves it at another site's wish."""
@@ -705,7 +706,7 @@ class Gatekeeper:
             kind, _, proof = authorization.partition(" ")
             if kind.lower() != "bearer":
                 raise Problem("unauthorized")
-            return await self.by_proof(proof)
+            return await asyncio.shield(self.look(proof, int(time.monotonic())))
         demo = settings.demo and headers.get("x-demo-user-id")
         client = ask.scope.get("client")  # the proxy's header counts from its own addresses only
         near = client and any(ipaddress.ip_address(client[0]) in each for each in settings.proxy_addresses)
@@ -715,23 +716,12 @@ class Gatekeeper:
         if name := demo or proxy:
             user = user_name(name.encode("latin-1"))
             return Caller("demo" if demo else "user", user, admin=user in settings.admins)
-        _, user, claims = self.read_token(ask.cookies.get(COOKIE, ""), "session")
+        cookie = re.search(rf"(?:^|;) *{COOKIE}=([^;]*)", headers.get("cookie", ""))
+        _, user, claims = self.read_token(cookie[1].strip() if cookie else "", "session")
         refuse_other_sites(ask, strict=True)
         trust = claims.get("trust")
         admin = trust == "admin" or (trust in ("link", "provider") and user in settings.admins)
         return Caller("user", user, admin)
-
-    async def by_proof(self, proof: str) -> Caller:
-        """The caller behind a key or a token; one look a second is enough, however many wait."""
-        if (look := self.known.get(proof)) is None:
-            look = self.known[proof] = asyncio.create_task(self.check(proof))
-            look.add_done_callback(functools.partial(self.forget, proof))
-        return await asyncio.shield(look)
-
-    def forget(self, proof: str, look: asyncio.Task[Caller]) -> None:
-        """Look anew when a proof was believed for long enough; after a failure at once."""
-        failed = look.cancelled() or look.exception()
-        asyncio.get_running_loop().call_later(0 if failed else PROOF_SECONDS, self.known.pop, proof, None)
 
     async def check(self, proof: str) -> Caller:
         """The caller behind a key or a token, or 401."""
@@ -1515,11 +1505,6 @@ class Ask:
         return self.bell.db.bind(for_admin=self.user.admin, by_user=self.user.kind != "key", **own)
 
     @property
-    def cookies(self) -> dict[str, str]:
-        pairs = [part.partition("=") for part in self.headers.get("cookie", "").split(";")]
-        return {name.strip(): value.strip() for name, _, value in pairs}
-
-    @property
     def query(self) -> dict[str, str]:
         return dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True))
 
@@ -1662,7 +1647,7 @@ async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
 async def delete_key(ask: Ask) -> None:
     """Revoke an API key, at once in this process."""
     await ask.mine.one("delete_api_key", **ask.path)
-    ask.bell.gate.known.clear()
+    ask.bell.gate.look.cache_clear()
 
 
 async def ping_webhook(ask: Ask) -> Outcome:
