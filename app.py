@@ -378,7 +378,7 @@ class TokenRequest(Body):
 
 
 class LoginRequest(Body):
-    token: Annotated[str, Meta(max_length=8000)]
+    token: Annotated[str, look(r"[^\x00]*", "must be a token", 8000)]
 
 
 class KeyCreate(Body):
@@ -507,9 +507,7 @@ class Query:
         self.parameters: dict[str, None] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text))
         self.text = text.encode()
         # As PostgreSQL numbers them: psycopg would look for the names at every call.
-        for number, name in enumerate(self.parameters, 1):
-            text = text.replace(f"%({name})s", f"${number}")
-        self.numbered = text.replace("%%", "%").encode()
+        self.numbered = (text % {name: f"${n}" for n, name in enumerate(self.parameters, 1)}).encode()
 
 
 Kind = Callable[..., Any] | None  # what a row becomes; None: a dict
@@ -801,8 +799,6 @@ Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 def decode_body(body: bytes, kind: Any) -> Any:
     """JSON as `kind`; field names may also be written in camelCase."""
     body.decode()  # msgspec takes what it skips, data above all, without a look at its UTF-8
-    if rb"\u0000" in body and re.search(rb"(?<!\\)(?:\\\\)*\\u0000", body):
-        raise Problem("not_json", "The body holds a NUL character")
     if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
         refuse_deep(body)
     try:
@@ -2255,20 +2251,12 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says when it answers, ends streams first, and sending while it waits for requests."""
-
-    def __init__(self, config: uvicorn.Config, service: Service, greet: Callable[[], None]) -> None:
-        super().__init__(config)
-        self.service, self.greet = service, greet
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self.greet()
+    """uvicorn that ends streams first, and sending while it waits for requests."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.service.hub.close()
-        await asyncio.gather(self.service.worker.stop(), super().shutdown(sockets), return_exceptions=True)
+        service: Service = cast("Litestar", self.config.app).state.service
+        service.hub.close()
+        await asyncio.gather(service.worker.stop(), super().shutdown(sockets), return_exceptions=True)
 
 
 # ═══ 15 · Command line ════════════════════════════════════════════════════════════════════════
@@ -2326,8 +2314,8 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
         more |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 8}
         gc.collect()
         gc.freeze()  # what is here now stays: later collections need not look at it again
-        greet = functools.partial(print, greeting, flush=True)
-        await Server(uvicorn.Config(app, **more), app.state.service, greet).serve(sockets=[listener])
+        app.on_startup.append(lambda: print(greeting, flush=True))
+        await Server(uvicorn.Config(app, **more)).serve(sockets=[listener])
 
 
 async def send(settings: Settings, fields: dict[str, Any]) -> str:
