@@ -262,7 +262,7 @@ class Body(Struct, forbid_unknown_fields=True):
     """A request's body: a field it does not know is an error."""
 
 
-class NotificationCreate(Body):
+class NotificationCreate(Struct, frozen=True, forbid_unknown_fields=True):
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
     body: Annotated[str, Meta(max_length=8000)]
@@ -287,8 +287,16 @@ class NotificationCreate(Body):
             raise Problem("invalid", "Expected numbers below 1e400", "data")
 
 
+class BatchItem(NotificationCreate, frozen=True, kw_only=True):
+    """One of many names its one user, and leaves now."""
+
+    user_id: UserId = msgspec.field()  # required here
+    user_ids: None = None
+    deliver_at: None = None
+
+
 class Batch(Body):
-    notifications: Annotated[list[NotificationCreate], Meta(min_length=1, max_length=1000)]
+    notifications: Annotated[list[BatchItem], Meta(min_length=1, max_length=1000)]
 
 
 class MarkRead(Body):
@@ -517,11 +525,11 @@ QUERIES = {path.stem: Query(path) for path in (HERE / "queries").glob("*.sql")}
 class Db:
     """The statements of queries/ on a pool. A parameter that is bound fills in where it is known."""
 
-    def __init__(self, pool: Pool, changed: Callable[[str], None], patience: float, **bound: Any) -> None:
-        self.pool, self.changed, self.patience, self.bound = pool, changed, patience, bound
+    def __init__(self, pool: Pool, changed: Callable[[str], None], **bound: Any) -> None:
+        self.pool, self.changed, self.bound = pool, changed, bound
 
     def bind(self, **bound: Any) -> Db:
-        return Db(self.pool, self.changed, self.patience, **self.bound, **bound)
+        return Db(self.pool, self.changed, **self.bound | bound)
 
     async def one(self, name: str, kind: Kind = None, /, **parameters: Any) -> Any:
         """The only row; without one the answer is 404."""
@@ -544,7 +552,7 @@ class Db:
         if query.parameters.keys() != given.keys():
             raise TypeError(f"{name} takes {sorted(query.parameters)}, given {sorted(given)}")
         values = [given[key] for key in query.parameters]
-        async with asyncio.timeout(self.patience):
+        async with asyncio.timeout(self.bound.get("patience", PATIENCE)):
             try:
                 # In a task of its own: a cancelled query of a hung server would hold the caller too.
                 rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
@@ -830,10 +838,8 @@ def snake_keys(body: bytes | Raw) -> bytes:
     return msgspec.json.encode(renamed)
 
 
-def make_items(
-    by: Caller, asked: NotificationCreate, key: str | None = None, place: str = ""
-) -> list[dict[str, Any]]:
-    """An item for each recipient: a demo user itself, otherwise whom the program names."""
+def make_items(by: Caller, asked: NotificationCreate, key: str | None = None) -> list[dict[str, Any]]:
+    """An item for each recipient: a demo user itself, otherwise whom the program names, twice if it does."""
     match by.kind, asked.user_id, asked.user_ids:
         case "demo", None, None:
             users = [by.user_id]
@@ -841,11 +847,12 @@ def make_items(
             raise Problem("invalid", "A demo user writes to itself only", "user_id")
         case _, str(user), None:
             users = [user]
-        case _, None, [*several] if not place:
-            users = list(dict.fromkeys(several))
+        case _, None, [*users]:
+            pass
         case _:
-            raise Problem("invalid", "Expected one recipient", f"{place}user_id")
-    return [make_item(user, asked, key) for user in users]
+            raise Problem("invalid", "Expected one recipient", "user_id")
+    items = {user: make_item(user, asked, key) for user in users}
+    return [items[user] for user in users]
 
 
 class Shared:
@@ -1254,7 +1261,8 @@ class Worker:
 
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.intake, self.outbound = settings, intake, outbound
-        self.db = db.bind(share=-(-settings.delivery_concurrency // 4), mail=bool(settings.smtp_url))
+        share, mail = -(-settings.delivery_concurrency // 4), bool(settings.smtp_url)
+        self.db = db.bind(share=share, mail=mail, patience=WORKER_PATIENCE)
         self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
@@ -1567,10 +1575,9 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
         kept = {"payload": encode(items[0]["asked"]), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
-    if asked.user_ids is None:
-        return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
-    by_user = {row["user_id"]: row for row in rows}
-    return Reply(results(by_user[user] for user in asked.user_ids), 201)
+    if asked.user_ids is not None:
+        return Reply(results(rows), 201)
+    return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
 
 
 async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
@@ -1582,13 +1589,8 @@ async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
 
 async def create_notifications(ask: Ask, batch: Batch) -> Any:
     """Store up to 1,000 notifications, all or none."""
-    key = header_key(ask)
-    items = list[dict[str, Any]]()
-    for index, asked in enumerate(batch.notifications):
-        place = f"notifications[{index}]."
-        if asked.deliver_at is not None:
-            raise Problem("invalid", "Expected outside of a batch", f"{place}deliver_at")
-        items += make_items(ask.user, asked, key and f"{key}:{index}", place)
+    key, wanted = header_key(ask), enumerate(batch.notifications)
+    items = [make_item(asked.user_id, asked, key and f"{key}:{index}") for index, asked in wanted]
     return results(await ask.bell.intake.ask(items))
 
 
@@ -1991,7 +1993,7 @@ class Service:
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
         bound |= {"admins": settings.admins, "days": settings.retention_days, "no_target": NO_TARGET}
-        self.db = Db(self.pool, self.hub.changed, PATIENCE, **bound)
+        self.db = Db(self.pool, self.hub.changed, **bound)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", None, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -1999,8 +2001,7 @@ class Service:
             self.outbound = Outbound(settings)
         except (ValueError, OSError) as error:
             raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
-        patient = Db(self.pool, self.hub.changed, WORKER_PATIENCE, **bound)
-        self.worker = Worker(settings, patient, self.intake, self.outbound)
+        self.worker = Worker(settings, self.db, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
 
     def after_store(self, rows: list[dict[str, Any]]) -> None:
@@ -2353,7 +2354,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
             settings = msgspec.structs.replace(settings, database_url=own)
         settings = keep_secret(settings)
         await prepare(settings)
-        db = Db(await stack.enter_async_context(make_pool(settings, 1)), lambda _: None, PATIENCE)
+        db = Db(await stack.enter_async_context(make_pool(settings, 1)), lambda _: None)
         match command:
             case "serve":
                 await serve(settings, db, embedded)
