@@ -693,13 +693,11 @@ class Gatekeeper:
 
     def __init__(self, settings: Settings, db: Db) -> None:
         self.settings, self.db = settings, db
-        self.session_key, self.link_key = derive(settings.secret, "session"), derive(settings.secret, "link")
+        keys = {kind: derive(settings.secret, kind) for kind in ("session", "link", "unsubscribe")}
+        keys["user"] = settings.secret.encode()
         # A kind of token has its key, the one algorithm that goes with that, and its audience.
-        self.kinds: dict[str, tuple[Any, str, str | None]] = {
-            "session": (self.session_key, "HS256", None),
-            "link": (self.link_key, "HS256", None),
-            "user": (settings.secret, "HS256", None),
-        }
+        self.kinds: dict[str, tuple[Any, str, str | None]]
+        self.kinds = {kind: (key, "HS256", None) for kind, key in keys.items()}
         if provider := load_public_key(settings.jwt_public_key):
             self.kinds["provider"] = (*provider, settings.jwt_audience or None)
         # One look a second is enough, however many wait for it.
@@ -742,8 +740,9 @@ class Gatekeeper:
         """Kind, user and claims of a token that is in time and signed as one of these kinds, or 401."""
         for kind in self.kinds.keys() & kinds:
             key, algorithm, audience = self.kinds[kind]
+            needed = ["sub"] if kind == "unsubscribe" else ["sub", "exp"]  # old mails are read too
             with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError):
-                claims = jwt.decode(token, key, [algorithm], {"require": ["sub", "exp"]}, audience=audience)
+                claims = jwt.decode(token, key, [algorithm], {"require": needed}, audience=audience)
                 return kind, user_name(claims["sub"].encode()), claims
         raise Problem("unauthorized")
 
@@ -753,7 +752,7 @@ class Gatekeeper:
         kind, user, claims = self.read_token(token, "link", "user", "provider")
         trust = "admin" if kind == "link" and claims.get("admin") else kind
         trust = "link" if kind == "user" and claims.get("by") == "admin" else trust
-        return make_token(self.session_key, user, timedelta(days=SESSION_DAYS), trust=trust)
+        return make_token(self.kinds["session"][0], user, timedelta(days=SESSION_DAYS), trust=trust)
 
 
 def user_name(given: bytes) -> str:
@@ -806,7 +805,6 @@ Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
 def decode_body(body: bytes, kind: Any) -> Any:
     """JSON as `kind`; field names may also be written in camelCase."""
-    body.decode()  # msgspec takes what it skips, data above all, without a look at its UTF-8
     if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
         refuse_deep(body)
     try:
@@ -823,19 +821,18 @@ def refuse_deep(body: bytes) -> None:
         raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
 
 
-def snake_keys(body: bytes | Raw) -> bytes:
+def snake_keys(body: bytes | Raw) -> Raw:
     """The same JSON object with its field names in snake_case, those of notifications included."""
-    renamed: dict[str, Raw] = {}
+    renamed: dict[str, Any] = {}
     if not bytes(body).lstrip().startswith(b"{"):
-        return bytes(body)  # refused by its type, which knows its place
+        return Raw(bytes(body))  # refused by its type, which knows its place
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         if snake in renamed:
             raise Problem("invalid", "Given twice", snake)
         many = snake == "notifications" and bytes(value).startswith(b"[")
-        items = map(snake_keys, msgspec.json.decode(value, type=list[Raw])) if many else ()
-        renamed[snake] = Raw(b"[%s]" % b",".join(items)) if many else value
-    return msgspec.json.encode(renamed)
+        renamed[snake] = list(map(snake_keys, msgspec.json.decode(value, type=list[Raw]))) if many else value
+    return Raw(msgspec.json.encode(renamed))
 
 
 def make_items(by: Caller, asked: NotificationCreate, key: str | None = None) -> list[dict[str, Any]]:
@@ -970,14 +967,6 @@ def language(wanted: str) -> str:
 def one_line(text: str) -> str:
     """The text without what could end a header, or hide or turn round what stands beside it."""
     return UNPRINTABLE.sub(" ", text).strip()
-
-
-def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
-    """Whom and which event a mail's token names; None when it was not signed here. Old mails are read too."""
-    with contextlib.suppress(jwt.InvalidTokenError):
-        claims = jwt.decode(token, derive(secret, "unsubscribe"), ["HS256"])
-        return claims["sub"], claims["event"]
-    return None
 
 
 def smtp_arguments(url: str) -> dict[str, Any]:
@@ -1542,11 +1531,11 @@ class Ask:
             raise Problem("too_large")
         return body
 
-    async def read(self, method: str, kind: Any, at_most: int) -> Any:
+    async def read(self, kind: Any) -> Any:
         """A query or a body as `kind`; every way in which one can be unacceptable is an answer of ours."""
-        if method == "GET":
+        if self.scope["method"] in ("GET", "HEAD"):
             return msgspec.convert(self.query, kind, strict=False)
-        body = await self.body(at_most)
+        body = await self.body(BATCH_BYTES if kind is Batch else BODY_BYTES)
         if body and not is_json(self.headers.get("content-type", "")):
             raise Problem("unsupported_media_type")
         return decode_body(body or (b"{}" if kind in MAY_BE_EMPTY else b"null"), kind)
@@ -1665,7 +1654,6 @@ class Route(NamedTuple):
     act: Action
     takes: Any = None  # the type of its body, for GET of its query
     status: int = 200
-    at_most: int = BODY_BYTES
     fail: Callable[[Ask, Exception], Reply] = answer_error
 
 
@@ -1767,8 +1755,10 @@ async def logout(ask: Ask) -> Reply:
 
 async def unsubscribe(ask: Ask) -> Reply:
     """A form; sent, it switches the user's e-mail off, or just this event's. The link is proof enough."""
-    user, event = read_unsubscribe(ask.bell.settings.secret, ask.path["token"]) or (None, None)
-    sent = ask.scope["method"] == "POST"
+    sent, user, event = ask.scope["method"] == "POST", None, None
+    with contextlib.suppress(Problem):
+        _, user, claims = ask.bell.gate.read_token(ask.path["token"], "unsubscribe")
+        event = claims["event"]
     if sent and user is None:
         raise Problem("not_found")
     if sent:
@@ -2097,7 +2087,7 @@ ROUTES = [
     Route("PATCH", INBOX, "user", mark_notifications, MarkRead),
     Route("GET", ONE, "user", sql("get_notification")),
     Route("PATCH", ONE, "user", sql("update_notification"), NotificationPatch),
-    Route("POST", f"{INBOX}/batch", "program", create_notifications, Batch, 201, BATCH_BYTES),
+    Route("POST", f"{INBOX}/batch", "program", create_notifications, Batch, 201),
     Route("POST", f"{INBOX}/preview", "program", preview_notification, NotificationCreate),
     Route("GET", "/api/unread-count", "user", sql("get_unread_count")),
     Route("GET", "/api/stream", "user", stream_inbox),
@@ -2156,7 +2146,7 @@ async def answer(ask: Ask, route: Route) -> Any:
         allowed, words = ADMITTED[route.by]
         if not allowed(ask.user):
             raise Problem("forbidden", words)
-    given = [await ask.read(route.method, route.takes, route.at_most)] if route.takes else []
+    given = [await ask.read(route.takes)] if route.takes else []
     told = await route.act(ask, *given)
     return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
 
