@@ -821,7 +821,7 @@ def refuse_deep(body: bytes) -> None:
         raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
 
 
-def snake_keys(body: bytes | Raw) -> Raw:
+def snake_keys(body: bytes | Raw, place: str = "") -> Raw:
     """The same JSON object with its field names in snake_case, those of notifications included."""
     renamed: dict[str, Any] = {}
     if not bytes(body).lstrip().startswith(b"{"):
@@ -829,9 +829,11 @@ def snake_keys(body: bytes | Raw) -> Raw:
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         if snake in renamed:
-            raise Problem("invalid", "Given twice", snake)
+            raise Problem("invalid", "Given twice", place + snake)
         many = snake == "notifications" and bytes(value).startswith(b"[")
-        renamed[snake] = list(map(snake_keys, msgspec.json.decode(value, type=list[Raw]))) if many else value
+        items = enumerate(msgspec.json.decode(value, type=list[Raw])) if many else ()
+        each = [snake_keys(item, f"{snake}[{index}].") for index, item in items]
+        renamed[snake] = each if many else value
     return Raw(msgspec.json.encode(renamed))
 
 
@@ -1564,9 +1566,9 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
         kept = {"payload": encode(items[0]["asked"]), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
-    if asked.user_ids is not None:
-        return Reply(results(rows), 201)
-    return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
+    if asked.user_ids is None:
+        return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
+    return Reply(results(rows), 201)
 
 
 async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:

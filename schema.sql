@@ -117,8 +117,7 @@ CREATE TABLE IF NOT EXISTS webhook_endpoints (
     min_severity    text NOT NULL DEFAULT 'warning' CONSTRAINT webhooks_severity_known
                     CHECK (min_severity IN ('info', 'success', 'warning', 'critical')),
     secret          bytea NOT NULL,     -- encrypted with a key derived from BELLHOP_SECRET
-    old_secret      bytea,              -- still signs until old_secret_until
-    old_secret_until timestamptz,
+    old_secrets     jsonb NOT NULL DEFAULT '[]',  -- [{"sealed", "until"}]: each still signs until then
     disabled_at     timestamptz,        -- set by a 410 or by an admin
     created_at      timestamptz NOT NULL DEFAULT now()
 );
@@ -297,5 +296,17 @@ ALTER TABLE outbox SET (fillfactor = 40);
 DROP INDEX IF EXISTS push_subscriptions_endpoint;
 -- 2026-11-21: what is archived but not read can be settled too; a payload may name its user in camelCase.
 DROP INDEX IF EXISTS notifications_subject, intake_user;
+-- 2026-11-21: an endpoint has as many old secrets as it was given new ones in a day.
+DO $$ BEGIN
+    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('webhook_endpoints')
+                                          AND attname = 'old_secret' AND NOT attisdropped) THEN
+        ALTER TABLE webhook_endpoints ADD COLUMN old_secrets jsonb NOT NULL DEFAULT '[]';
+        UPDATE webhook_endpoints
+        SET old_secrets = jsonb_build_array(jsonb_build_object(
+            'sealed', encode(old_secret, 'base64'), 'until', old_secret_until))
+        WHERE old_secret IS NOT NULL;
+        ALTER TABLE webhook_endpoints DROP COLUMN old_secret, DROP COLUMN old_secret_until;
+    END IF;
+END $$;
 
 INSERT INTO schema_version (version) VALUES (1) ON CONFLICT (version) DO NOTHING;

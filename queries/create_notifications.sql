@@ -211,12 +211,13 @@ told AS (
            bool_or(available_at <= now()) AS leaves
     FROM queued GROUP BY n
 )
-SELECT i.user_id, s.id::text, coalesce(s.id = i.id, false) AS inserted,
+SELECT i.user_id, s.id::text, f.n IS NOT NULL AS inserted,
        json_build_object('notification', n.notification,
                          'deliveries', coalesce(told.deliveries, '[]'::json)) AS answer,
        coalesce(told.leaves, false) AS leaves
 FROM item i
 LEFT JOIN stored s ON s.user_id = i.user_id AND s.ref = i.ref
+LEFT JOIN fresh f ON f.n = i.n  -- not a second mention of the same item
 LEFT JOIN told ON told.n = i.n AND s.id = i.id
 LEFT JOIN LATERAL (
     SELECT to_json(shown) AS notification

@@ -215,7 +215,7 @@ def test_user_ids_gives_one_to_each_in_order(api: httpx.Client, sql: Sql) -> Non
     assert sent.status_code == 201
     results = sent.json()["results"]
     assert [one["user_id"] for one in results] == users
-    assert all(one["inserted"] for one in results[:40])
+    assert [one["inserted"] for one in results] == [True] * 40 + [False] * 2
     assert results[40]["id"] == results[41]["id"] == results[3]["id"]
     assert sql("SELECT count(*), count(DISTINCT user_id) FROM notifications") == [(40, 40)]
     again = api.post("/api/notifications", json=body | {"userIds": users})
@@ -317,8 +317,9 @@ def test_a_preview_says_what_the_post_would_and_stores_nothing(
 def test_a_preview_takes_user_ids_and_both_spellings_too(api: httpx.Client, contents: Any) -> None:
     before = contents()
     body = {name: value for name, value in CAMEL.items() if name != "userId"}
-    reply = api.post("/api/notifications/preview", json=body | {"userIds": ["a", "b"]})
-    assert [one["user_id"] for one in reply.json()["results"]] == ["a", "b"]
+    reply = api.post("/api/notifications/preview", json=body | {"userIds": ["a", "b", "a"]})
+    told = [(one["user_id"], one["inserted"]) for one in reply.json()["results"]]
+    assert told == [("a", True), ("b", True), ("a", False)]
     problem(api.post("/api/notifications/preview", json=CAMEL | {"title": ""}), 400, "title")
     assert contents() == before
 

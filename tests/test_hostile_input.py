@@ -240,7 +240,10 @@ def test_an_unknown_field_is_named_in_every_body(api: httpx.Client, alice: httpx
 
 @pytest.mark.usefixtures("nothing_stored")
 def test_a_field_given_in_both_spellings_is_refused(api: httpx.Client) -> None:
-    problem(api.post("/api/notifications", json=GOOD | {"eventName": "other"}), 400, "event_name")
+    twice = GOOD | {"eventName": "other"}
+    problem(api.post("/api/notifications", json=twice), 400, "event_name")
+    batch = {"notifications": [GOOD, twice]}
+    problem(api.post("/api/notifications/batch", json=batch), 400, "notifications[1].event_name")
 
 
 @pytest.mark.usefixtures("nothing_stored")

@@ -58,6 +58,23 @@ def test_all_but_critical_waits_for_the_end_of_the_night_and_leaves_as_one_diges
     assert all(id in mailbox.messages[1].text for id in ids)
 
 
+def test_who_moves_or_ends_the_night_need_not_wait_for_the_end_it_had(
+    sleep: Callable[..., None], reach: Any, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+) -> None:
+    sleep()
+    post(severity="warning")
+    sooner = datetime.now(UTC).replace(second=0, microsecond=0) + timedelta(minutes=30)
+    reach("alice", quiet_to=f"{sooner:%H:%M}")
+    drain()
+    assert not mailbox.messages
+    assert sql("SELECT digest, available_at FROM outbox WHERE state = 'open'") == [("quiet", sooner)]
+    reach("alice", digest_minutes=0)
+    assert sql("SELECT available_at FROM outbox") == [(sooner,)]
+    reach("alice", quiet_from=None, quiet_to=None)
+    drain()
+    assert len(mailbox.messages) == 1
+
+
 def test_a_digest_that_comes_due_at_night_waits_for_the_morning_too(
     reach: Callable[..., None], sleep: Any, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
 ) -> None:

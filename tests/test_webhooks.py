@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -117,26 +117,32 @@ def test_each_endpoint_is_a_target_with_a_delivery_of_its_own(
     assert ends == {good: ("sent", 0), bad: ("queued", 1)}
 
 
-def test_a_rotated_secret_signs_beside_the_old_one_for_a_day(
+def test_a_rotated_secret_signs_beside_each_old_one_for_a_day(
     add: Any, post: Post, api: httpx.Client, hookbox: Hookbox, sql: Sql, drain: Callable[[], None]
 ) -> None:
     made = add()
-    old, id = made["secret"], made["webhook"]["id"]
-    new = api.post(f"/api/webhooks/{id}/rotate").json()["secret"]
-    assert new != old
+    known, id = [made["secret"]], made["webhook"]["id"]
+    for _ in range(2):
+        known.append(api.post(f"/api/webhooks/{id}/rotate").json()["secret"])
+        post(severity="warning")
+        drain()
+        for secret in known:
+            verified(secret, hookbox.requests[-1])
+    assert api.post(f"/api/webhooks/{id}/test").json()["verdict"] == "sent"
+    for secret in known:
+        verified(secret, hookbox.requests[-1])
+    until = "SELECT (jsonb_array_elements(old_secrets) ->> 'until')::timestamptz FROM webhook_endpoints"
+    day = timedelta(hours=24)
+    assert all(day - timedelta(minutes=1) < moment - datetime.now(UTC) <= day for (moment,) in sql(until))
+    sql("UPDATE webhook_endpoints SET old_secrets = jsonb_set(old_secrets, '{1,until}', to_jsonb(now()))")
     post(severity="warning")
     drain()
-    for secret in (old, new):
-        verified(secret, hookbox.requests[0])
-    assert sql("SELECT old_secret_until > now() + interval '23 hours 59 minutes' FROM webhook_endpoints") == [
-        (True,)
-    ]
-    sql("UPDATE webhook_endpoints SET old_secret_until = now()")
-    post(severity="warning")
-    drain()
-    verified(new, hookbox.requests[1])
+    for secret in known[1:]:
+        verified(secret, hookbox.requests[-1])
     with pytest.raises(WebhookVerificationError):
-        verified(old, hookbox.requests[1])
+        verified(known[0], hookbox.requests[-1])
+    newest = api.post(f"/api/webhooks/{id}/rotate").json()["secret"]
+    assert newest not in known and len(sql(until)) == 2, "what signs no more is forgotten"
 
 
 def test_secrets_are_shown_once_and_kept_encrypted(add: Any, api: httpx.Client, sql: Sql) -> None:
