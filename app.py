@@ -262,7 +262,7 @@ class Body(Struct, forbid_unknown_fields=True):
     """A request's body: a field it does not know is an error."""
 
 
-class NotificationCreate(Body):
+class NotificationCreate(Struct, frozen=True, forbid_unknown_fields=True):
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
     body: Annotated[str, Meta(max_length=8000)]
@@ -287,8 +287,16 @@ class NotificationCreate(Body):
             raise Problem("invalid", "Expected numbers below 1e400", "data")
 
 
+class BatchItem(NotificationCreate, frozen=True, kw_only=True):
+    """One of many names its one user, and leaves now."""
+
+    user_id: UserId = msgspec.field()  # required here
+    user_ids: None = None
+    deliver_at: None = None
+
+
 class Batch(Body):
-    notifications: Annotated[list[NotificationCreate], Meta(min_length=1, max_length=1000)]
+    notifications: Annotated[list[BatchItem], Meta(min_length=1, max_length=1000)]
 
 
 class MarkRead(Body):
@@ -378,7 +386,7 @@ class TokenRequest(Body):
 
 
 class LoginRequest(Body):
-    token: Annotated[str, Meta(max_length=8000)]
+    token: Annotated[str, look(r"[^\x00]*", "must be a token", 8000)]
 
 
 class KeyCreate(Body):
@@ -507,9 +515,7 @@ class Query:
         self.parameters: dict[str, None] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text))
         self.text = text.encode()
         # As PostgreSQL numbers them: psycopg would look for the names at every call.
-        for number, name in enumerate(self.parameters, 1):
-            text = text.replace(f"%({name})s", f"${number}")
-        self.numbered = text.replace("%%", "%").encode()
+        self.numbered = (text % {name: f"${n}" for n, name in enumerate(self.parameters, 1)}).encode()
 
 
 Kind = Callable[..., Any] | None  # what a row becomes; None: a dict
@@ -519,11 +525,11 @@ QUERIES = {path.stem: Query(path) for path in (HERE / "queries").glob("*.sql")}
 class Db:
     """The statements of queries/ on a pool. A parameter that is bound fills in where it is known."""
 
-    def __init__(self, pool: Pool, changed: Callable[[str], None], patience: float, **bound: Any) -> None:
-        self.pool, self.changed, self.patience, self.bound = pool, changed, patience, bound
+    def __init__(self, pool: Pool, changed: Callable[[str], None], **bound: Any) -> None:
+        self.pool, self.changed, self.bound = pool, changed, bound
 
     def bind(self, **bound: Any) -> Db:
-        return Db(self.pool, self.changed, self.patience, **self.bound, **bound)
+        return Db(self.pool, self.changed, **self.bound | bound)
 
     async def one(self, name: str, kind: Kind = None, /, **parameters: Any) -> Any:
         """The only row; without one the answer is 404."""
@@ -546,7 +552,7 @@ class Db:
         if query.parameters.keys() != given.keys():
             raise TypeError(f"{name} takes {sorted(query.parameters)}, given {sorted(given)}")
         values = [given[key] for key in query.parameters]
-        async with asyncio.timeout(self.patience):
+        async with asyncio.timeout(self.bound.get("patience", PATIENCE)):
             try:
                 # In a task of its own: a cancelled query of a hung server would hold the caller too.
                 rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
@@ -671,7 +677,7 @@ def describe(error: BaseException) -> str:
 
 COOKIE = "bellhop_session"
 SESSION_DAYS = 30
-PROOF_SECONDS = 1.0  # how long a proof that was checked is believed; a revoked key dies within it
+PROOFS = 10_000  # so many are believed for the second in which they were checked; a revoked key dies with it
 
 
 class Caller(Struct, frozen=True):
@@ -687,16 +693,15 @@ class Gatekeeper:
 
     def __init__(self, settings: Settings, db: Db) -> None:
         self.settings, self.db = settings, db
-        self.session_key, self.link_key = derive(settings.secret, "session"), derive(settings.secret, "link")
+        keys = {kind: derive(settings.secret, kind) for kind in ("session", "link", "unsubscribe")}
+        keys["user"] = settings.secret.encode()
         # A kind of token has its key, the one algorithm that goes with that, and its audience.
-        self.kinds: dict[str, tuple[Any, str, str | None]] = {
-            "session": (self.session_key, "HS256", None),
-            "link": (self.link_key, "HS256", None),
-            "user": (settings.secret, "HS256", None),
-        }
+        self.kinds: dict[str, tuple[Any, str, str | None]]
+        self.kinds = {kind: (key, "HS256", None) for kind, key in keys.items()}
         if provider := load_public_key(settings.jwt_public_key):
             self.kinds["provider"] = (*provider, settings.jwt_audience or None)
-        self.known: dict[str, asyncio.Task[Caller]] = {}
+        # One look a second is enough, however many wait for it.
+        self.look = functools.lru_cache(PROOFS)(lambda proof, _: asyncio.ensure_future(self.check(proof)))
 
     async def identify(self, ask: Ask) -> Caller:
         """The caller of a request, or 401; 403 when a browser proves it at another site's wish."""
@@ -705,7 +710,7 @@ class Gatekeeper:
             kind, _, proof = authorization.partition(" ")
             if kind.lower() != "bearer":
                 raise Problem("unauthorized")
-            return await self.by_proof(proof)
+            return await asyncio.shield(self.look(proof, int(time.monotonic())))
         demo = settings.demo and headers.get("x-demo-user-id")
         client = ask.scope.get("client")  # the proxy's header counts from its own addresses only
         near = client and any(ipaddress.ip_address(client[0]) in each for each in settings.proxy_addresses)
@@ -715,23 +720,12 @@ class Gatekeeper:
         if name := demo or proxy:
             user = user_name(name.encode("latin-1"))
             return Caller("demo" if demo else "user", user, admin=user in settings.admins)
-        _, user, claims = self.read_token(ask.cookies.get(COOKIE, ""), "session")
+        cookie = re.search(rf"(?:^|;) *{COOKIE}=([^;]*)", headers.get("cookie", ""))
+        _, user, claims = self.read_token(cookie[1].strip() if cookie else "", "session")
         refuse_other_sites(ask, strict=True)
         trust = claims.get("trust")
         admin = trust == "admin" or (trust in ("link", "provider") and user in settings.admins)
         return Caller("user", user, admin)
-
-    async def by_proof(self, proof: str) -> Caller:
-        """The caller behind a key or a token; one look a second is enough, however many wait."""
-        if (look := self.known.get(proof)) is None:
-            look = self.known[proof] = asyncio.create_task(self.check(proof))
-            look.add_done_callback(functools.partial(self.forget, proof))
-        return await asyncio.shield(look)
-
-    def forget(self, proof: str, look: asyncio.Task[Caller]) -> None:
-        """Look anew when a proof was believed for long enough; after a failure at once."""
-        failed = look.cancelled() or look.exception()
-        asyncio.get_running_loop().call_later(0 if failed else PROOF_SECONDS, self.known.pop, proof, None)
 
     async def check(self, proof: str) -> Caller:
         """The caller behind a key or a token, or 401."""
@@ -746,8 +740,9 @@ class Gatekeeper:
         """Kind, user and claims of a token that is in time and signed as one of these kinds, or 401."""
         for kind in self.kinds.keys() & kinds:
             key, algorithm, audience = self.kinds[kind]
+            needed = ["sub"] if kind == "unsubscribe" else ["sub", "exp"]  # old mails are read too
             with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError):
-                claims = jwt.decode(token, key, [algorithm], {"require": ["sub", "exp"]}, audience=audience)
+                claims = jwt.decode(token, key, [algorithm], {"require": needed}, audience=audience)
                 return kind, user_name(claims["sub"].encode()), claims
         raise Problem("unauthorized")
 
@@ -757,7 +752,7 @@ class Gatekeeper:
         kind, user, claims = self.read_token(token, "link", "user", "provider")
         trust = "admin" if kind == "link" and claims.get("admin") else kind
         trust = "link" if kind == "user" and claims.get("by") == "admin" else trust
-        return make_token(self.session_key, user, timedelta(days=SESSION_DAYS), trust=trust)
+        return make_token(self.kinds["session"][0], user, timedelta(days=SESSION_DAYS), trust=trust)
 
 
 def user_name(given: bytes) -> str:
@@ -810,9 +805,6 @@ Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
 def decode_body(body: bytes, kind: Any) -> Any:
     """JSON as `kind`; field names may also be written in camelCase."""
-    body.decode()  # msgspec takes what it skips, data above all, without a look at its UTF-8
-    if rb"\u0000" in body and re.search(rb"(?<!\\)(?:\\\\)*\\u0000", body):
-        raise Problem("not_json", "The body holds a NUL character")
     if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
         refuse_deep(body)
     try:
@@ -829,11 +821,11 @@ def refuse_deep(body: bytes) -> None:
         raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
 
 
-def snake_keys(body: bytes | Raw, place: str = "") -> bytes:
+def snake_keys(body: bytes | Raw, place: str = "") -> Raw:
     """The same JSON object with its field names in snake_case, those of notifications included."""
-    renamed: dict[str, Raw] = {}
+    renamed: dict[str, Any] = {}
     if not bytes(body).lstrip().startswith(b"{"):
-        return bytes(body)  # refused by its type, which knows its place
+        return Raw(bytes(body))  # refused by its type, which knows its place
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
         if snake in renamed:
@@ -841,14 +833,12 @@ def snake_keys(body: bytes | Raw, place: str = "") -> bytes:
         many = snake == "notifications" and bytes(value).startswith(b"[")
         items = enumerate(msgspec.json.decode(value, type=list[Raw])) if many else ()
         each = [snake_keys(item, f"{snake}[{index}].") for index, item in items]
-        renamed[snake] = Raw(b"[%s]" % b",".join(each)) if many else value
-    return msgspec.json.encode(renamed)
+        renamed[snake] = each if many else value
+    return Raw(msgspec.json.encode(renamed))
 
 
-def make_items(
-    by: Caller, asked: NotificationCreate, key: str | None = None, place: str = ""
-) -> list[dict[str, Any]]:
-    """An item for each recipient: a demo user itself, otherwise whom the program names."""
+def make_items(by: Caller, asked: NotificationCreate, key: str | None = None) -> list[dict[str, Any]]:
+    """An item for each recipient: a demo user itself, otherwise whom the program names, twice if it does."""
     match by.kind, asked.user_id, asked.user_ids:
         case "demo", None, None:
             users = [by.user_id]
@@ -856,12 +846,12 @@ def make_items(
             raise Problem("invalid", "A demo user writes to itself only", "user_id")
         case _, str(user), None:
             users = [user]
-        case _, None, [*several] if not place:
-            users = several
+        case _, None, [*users]:
+            pass
         case _:
-            raise Problem("invalid", "Expected one recipient", f"{place}user_id")
-    made = {user: make_item(user, asked, key) for user in users}
-    return [made[user] for user in users]
+            raise Problem("invalid", "Expected one recipient", "user_id")
+    items = {user: make_item(user, asked, key) for user in users}
+    return [items[user] for user in users]
 
 
 class Shared:
@@ -979,14 +969,6 @@ def language(wanted: str) -> str:
 def one_line(text: str) -> str:
     """The text without what could end a header, or hide or turn round what stands beside it."""
     return UNPRINTABLE.sub(" ", text).strip()
-
-
-def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
-    """Whom and which event a mail's token names; None when it was not signed here. Old mails are read too."""
-    with contextlib.suppress(jwt.InvalidTokenError):
-        claims = jwt.decode(token, derive(secret, "unsubscribe"), ["HS256"])
-        return claims["sub"], claims["event"]
-    return None
 
 
 def smtp_arguments(url: str) -> dict[str, Any]:
@@ -1270,7 +1252,8 @@ class Worker:
 
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.intake, self.outbound = settings, intake, outbound
-        self.db = db.bind(share=-(-settings.delivery_concurrency // 4), mail=bool(settings.smtp_url))
+        share, mail = -(-settings.delivery_concurrency // 4), bool(settings.smtp_url)
+        self.db = db.bind(share=share, mail=mail, patience=WORKER_PATIENCE)
         self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
@@ -1517,11 +1500,6 @@ class Ask:
         return self.bell.db.bind(for_admin=self.user.admin, by_user=self.user.kind != "key", **own)
 
     @property
-    def cookies(self) -> dict[str, str]:
-        pairs = [part.partition("=") for part in self.headers.get("cookie", "").split(";")]
-        return {name.strip(): value.strip() for name, _, value in pairs}
-
-    @property
     def query(self) -> dict[str, str]:
         return dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True))
 
@@ -1555,11 +1533,11 @@ class Ask:
             raise Problem("too_large")
         return body
 
-    async def read(self, method: str, kind: Any, at_most: int) -> Any:
+    async def read(self, kind: Any) -> Any:
         """A query or a body as `kind`; every way in which one can be unacceptable is an answer of ours."""
-        if method == "GET":
+        if self.scope["method"] in ("GET", "HEAD"):
             return msgspec.convert(self.query, kind, strict=False)
-        body = await self.body(at_most)
+        body = await self.body(BATCH_BYTES if kind is Batch else BODY_BYTES)
         if body and not is_json(self.headers.get("content-type", "")):
             raise Problem("unsupported_media_type")
         return decode_body(body or (b"{}" if kind in MAY_BE_EMPTY else b"null"), kind)
@@ -1602,13 +1580,8 @@ async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
 
 async def create_notifications(ask: Ask, batch: Batch) -> Any:
     """Store up to 1,000 notifications, all or none."""
-    key = header_key(ask)
-    items = list[dict[str, Any]]()
-    for index, asked in enumerate(batch.notifications):
-        place = f"notifications[{index}]."
-        if asked.deliver_at is not None:
-            raise Problem("invalid", "Expected outside of a batch", f"{place}deliver_at")
-        items += make_items(ask.user, asked, key and f"{key}:{index}", place)
+    key, wanted = header_key(ask), enumerate(batch.notifications)
+    items = [make_item(asked.user_id, asked, key and f"{key}:{index}") for index, asked in wanted]
     return results(await ask.bell.intake.ask(items))
 
 
@@ -1663,7 +1636,7 @@ async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
 async def delete_key(ask: Ask) -> None:
     """Revoke an API key, at once in this process."""
     await ask.mine.one("delete_api_key", **ask.path)
-    ask.bell.gate.known.clear()
+    ask.bell.gate.look.cache_clear()
 
 
 async def ping_webhook(ask: Ask) -> Outcome:
@@ -1683,7 +1656,6 @@ class Route(NamedTuple):
     act: Action
     takes: Any = None  # the type of its body, for GET of its query
     status: int = 200
-    at_most: int = BODY_BYTES
     fail: Callable[[Ask, Exception], Reply] = answer_error
 
 
@@ -1785,8 +1757,10 @@ async def logout(ask: Ask) -> Reply:
 
 async def unsubscribe(ask: Ask) -> Reply:
     """A form; sent, it switches the user's e-mail off, or just this event's. The link is proof enough."""
-    user, event = read_unsubscribe(ask.bell.settings.secret, ask.path["token"]) or (None, None)
-    sent = ask.scope["method"] == "POST"
+    sent, user, event = ask.scope["method"] == "POST", None, None
+    with contextlib.suppress(Problem):
+        _, user, claims = ask.bell.gate.read_token(ask.path["token"], "unsubscribe")
+        event = claims["event"]
     if sent and user is None:
         raise Problem("not_found")
     if sent:
@@ -2011,7 +1985,7 @@ class Service:
         bound |= {"retry_base": settings.retry_base_seconds, "retry_max": settings.retry_max_seconds}
         bound |= {"max_attempts": settings.max_attempts, "lease": settings.lease_seconds}
         bound |= {"admins": settings.admins, "days": settings.retention_days, "no_target": NO_TARGET}
-        self.db = Db(self.pool, self.hub.changed, PATIENCE, **bound)
+        self.db = Db(self.pool, self.hub.changed, **bound)
         self.gate = Gatekeeper(settings, self.db)
         self.intake = Shared(self.db, "create_notifications", None, 1, self.after_store)
         self.lists = Shared(self.db, "list_notifications", bytes, READERS, lambda _: None)
@@ -2019,8 +1993,7 @@ class Service:
             self.outbound = Outbound(settings)
         except (ValueError, OSError) as error:
             raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
-        patient = Db(self.pool, self.hub.changed, WORKER_PATIENCE, **bound)
-        self.worker = Worker(settings, patient, self.intake, self.outbound)
+        self.worker = Worker(settings, self.db, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
 
     def after_store(self, rows: list[dict[str, Any]]) -> None:
@@ -2116,7 +2089,7 @@ ROUTES = [
     Route("PATCH", INBOX, "user", mark_notifications, MarkRead),
     Route("GET", ONE, "user", sql("get_notification")),
     Route("PATCH", ONE, "user", sql("update_notification"), NotificationPatch),
-    Route("POST", f"{INBOX}/batch", "program", create_notifications, Batch, 201, BATCH_BYTES),
+    Route("POST", f"{INBOX}/batch", "program", create_notifications, Batch, 201),
     Route("POST", f"{INBOX}/preview", "program", preview_notification, NotificationCreate),
     Route("GET", "/api/unread-count", "user", sql("get_unread_count")),
     Route("GET", "/api/stream", "user", stream_inbox),
@@ -2175,7 +2148,7 @@ async def answer(ask: Ask, route: Route) -> Any:
         allowed, words = ADMITTED[route.by]
         if not allowed(ask.user):
             raise Problem("forbidden", words)
-    given = [await ask.read(route.method, route.takes, route.at_most)] if route.takes else []
+    given = [await ask.read(route.takes)] if route.takes else []
     told = await route.act(ask, *given)
     return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
 
@@ -2271,20 +2244,12 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn that says when it answers, ends streams first, and sending while it waits for requests."""
-
-    def __init__(self, config: uvicorn.Config, service: Service, greet: Callable[[], None]) -> None:
-        super().__init__(config)
-        self.service, self.greet = service, greet
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self.greet()
+    """uvicorn that ends streams first, and sending while it waits for requests."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.service.hub.close()
-        await asyncio.gather(self.service.worker.stop(), super().shutdown(sockets), return_exceptions=True)
+        service: Service = cast("Litestar", self.config.app).state.service
+        service.hub.close()
+        await asyncio.gather(service.worker.stop(), super().shutdown(sockets), return_exceptions=True)
 
 
 # ═══ 15 · Command line ════════════════════════════════════════════════════════════════════════
@@ -2342,8 +2307,8 @@ async def serve(settings: Settings, db: Db, embedded: bool) -> None:
         more |= {"proxy_headers": False, "server_header": False, "timeout_graceful_shutdown": 8}
         gc.collect()
         gc.freeze()  # what is here now stays: later collections need not look at it again
-        greet = functools.partial(print, greeting, flush=True)
-        await Server(uvicorn.Config(app, **more), app.state.service, greet).serve(sockets=[listener])
+        app.on_startup.append(lambda: print(greeting, flush=True))
+        await Server(uvicorn.Config(app, **more)).serve(sockets=[listener])
 
 
 async def send(settings: Settings, fields: dict[str, Any]) -> str:
@@ -2381,7 +2346,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
             settings = msgspec.structs.replace(settings, database_url=own)
         settings = keep_secret(settings)
         await prepare(settings)
-        db = Db(await stack.enter_async_context(make_pool(settings, 1)), lambda _: None, PATIENCE)
+        db = Db(await stack.enter_async_context(make_pool(settings, 1)), lambda _: None)
         match command:
             case "serve":
                 await serve(settings, db, embedded)

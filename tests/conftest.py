@@ -28,6 +28,7 @@ from peers import MARKER, Hookbox, Mailbox, Pushbox, hang_up_on_everybody, runni
 import app
 
 SECRET = "a secret that is only good for tests, 32 bytes or more"
+LINK_KEY = app.derive(SECRET, "link")
 DEADLINE = 30  # seconds that nothing in a test may wait longer than
 
 
@@ -87,14 +88,19 @@ def sql(postgresql: psycopg.Connection) -> Callable[..., list[tuple[Any, ...]]]:
 class QuickServer(app.Server):
     """The server without uvicorn's pauses of a tenth of a second: over hundreds of tests they are a minute."""
 
+    def __init__(self, config: uvicorn.Config, running: "Running") -> None:
+        super().__init__(config)
+        self.running = running
+
     async def main_loop(self) -> None:
+        self.running.ready.set()
         self.ending = asyncio.Event()
         await self.on_tick(0)
         if not self.should_exit:
             await self.ending.wait()
 
     async def shutdown(self, sockets: Any = None) -> None:
-        self.service.hub.close()
+        self.running.service.hub.close()
         for server in self.servers:
             server.close()
         await asyncio.sleep(0)
@@ -131,7 +137,7 @@ class Running:
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "proxy_headers": False}
         config = uvicorn.Config(self.app, http=app.Protocol, ws="none", **quiet)
         self.ready = threading.Event()
-        self.server = QuickServer(config, self.service, self.ready.set)
+        self.server = QuickServer(config, self)
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
         while not self.ready.wait(0.02):
@@ -361,7 +367,7 @@ def sign_in(service: Running) -> Callable[..., str]:
     def session(user_id: str, admin: bool = False) -> str:
         gate = service.service.gate
         claims = {"admin": True} if admin else {}
-        return gate.start_session(app.make_token(gate.link_key, user_id, app.timedelta(minutes=5), **claims))
+        return gate.start_session(app.make_token(LINK_KEY, user_id, app.timedelta(minutes=5), **claims))
 
     return session
 

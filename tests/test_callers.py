@@ -10,7 +10,7 @@ from uuid import uuid4
 import httpx
 import jwt
 import pytest
-from conftest import SECRET, Running, browser, eventually, problem, user_token
+from conftest import LINK_KEY, SECRET, Running, browser, eventually, problem, user_token
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -144,7 +144,7 @@ def unsigned(claims: Json, header: Any) -> str:
 
 
 def test_forged_stale_and_misused_tokens_are_401(service: Running, client: Client, sign_in: Any) -> None:
-    good, gate = {"sub": "alice", "exp": SOON}, service.service.gate
+    good = {"sub": "alice", "exp": SOON}
     forged = {
         "expired": jwt.encode(good | {"exp": int(time.time()) - 10}, SECRET),
         "not yet valid": jwt.encode(good | {"nbf": SOON}, SECRET),
@@ -160,7 +160,7 @@ def test_forged_stale_and_misused_tokens_are_401(service: Running, client: Clien
         "no algorithm, spelled oddly": unsigned(good, {"alg": "nOnE"}),
         "algorithm of another kind": unsigned(good, {"alg": 5}),
         "header not an object": unsigned(good, []),
-        "a sign-in link's token": jwt.encode(good, gate.link_key),
+        "a sign-in link's token": jwt.encode(good, LINK_KEY),
         "the session cookie": sign_in("alice"),
     }
     for kind, token in forged.items():
@@ -233,9 +233,8 @@ def page(service: Running, client: Client, sign_in: Callable[..., str]) -> httpx
 def test_signing_in_trades_a_token_for_a_cookie_and_signing_out_takes_it_back(
     service: Running, client: Client
 ) -> None:
-    link_key = service.service.gate.link_key
     browser = client(service.url)
-    for proof in (jwt.encode({"sub": "alice", "exp": SOON}, link_key), user_token("alice")):
+    for proof in (jwt.encode({"sub": "alice", "exp": SOON}, LINK_KEY), user_token("alice")):
         reply = browser.post("/login", json={"token": proof})
         assert reply.status_code == 200
         cookie = reply.headers["set-cookie"].lower()
@@ -307,10 +306,10 @@ def test_a_session_is_not_an_admins_unless_a_link_or_the_provider_made_it(
     assert browser.post("/login", json={"token": minted}).status_code == 200
     problem(browser.get("/api/keys"), 403)
     life = app.timedelta(minutes=5)
-    assert keys(gate.start_session(app.make_token(gate.link_key, "root", life))) == 200
-    assert keys(gate.start_session(app.make_token(gate.link_key, "second", life))) == 200
-    assert keys(gate.start_session(app.make_token(gate.link_key, "alice", life))) == 403
-    assert keys(gate.start_session(app.make_token(gate.link_key, "alice", life, admin=True))) == 200
+    assert keys(gate.start_session(app.make_token(LINK_KEY, "root", life))) == 200
+    assert keys(gate.start_session(app.make_token(LINK_KEY, "second", life))) == 200
+    assert keys(gate.start_session(app.make_token(LINK_KEY, "alice", life))) == 403
+    assert keys(gate.start_session(app.make_token(LINK_KEY, "alice", life, admin=True))) == 200
     assert keys(gate.start_session(jwt.encode({"sub": "root", "exp": SOON}, provider, "RS256"))) == 200
     assert keys(gate.start_session(jwt.encode({"sub": "alice", "exp": SOON}, provider, "RS256"))) == 403
     claims = {"sub": "alice", "exp": SOON, "admin": True, "trust": "admin", "provider": True}

@@ -1,11 +1,12 @@
 """E-mail: what a mail looks like, what no text can do to it, and what becomes of one that is not taken."""
 
 import asyncio
+import contextlib
 import json
 import time
 from email import message_from_bytes, policy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
@@ -435,10 +436,19 @@ def sign(user: str, event: str | None) -> str:
     return app.jwt.encode({"sub": user, "event": event}, app.derive("s" * 32, "unsubscribe"), "HS256")
 
 
+def read_unsubscribe(secret: str, token: str) -> tuple[str, str | None] | None:
+    """Whom and which event a link names; None when it was not signed with this secret."""
+    gate = app.Gatekeeper(app.Settings(secret=secret), cast("app.Db", None))
+    with contextlib.suppress(app.Problem):
+        _, user, claims = gate.read_token(token, "unsubscribe")
+        return user, claims["event"]
+    return None
+
+
 def test_an_unsubscribe_token_names_the_user_and_the_event() -> None:
     for user, event in [("alice", None), ("älice@example.org", "comment.created"), ("a" * 200, "e" * 120)]:
         token = sign(user, event)
-        assert app.read_unsubscribe("s" * 32, token) == (user, event)
+        assert read_unsubscribe("s" * 32, token) == (user, event)
         assert all(character.isalnum() or character in "-_." for character in token)
 
 
@@ -456,11 +466,10 @@ def test_a_token_signed_elsewhere_is_worthless() -> None:
         "é",
         "." * 500,
     ):
-        assert app.read_unsubscribe("s" * 32, other) is None
-    assert app.read_unsubscribe("t" * 32, token) is None
+        assert read_unsubscribe("s" * 32, other) is None
+    assert read_unsubscribe("t" * 32, token) is None
     assert (
-        app.read_unsubscribe("s" * 32, app.jwt.encode({"sub": "alice", "event": None}, "s" * 32, "HS256"))
-        is None
+        read_unsubscribe("s" * 32, app.jwt.encode({"sub": "alice", "event": None}, "s" * 32, "HS256")) is None
     )
 
 
@@ -470,6 +479,6 @@ def test_the_link_in_a_mail_carries_such_a_token(tmp_path: Path) -> None:
         raw = app.Outbound(config).compose(outgoing("email", ALICE, *lines))
         parsed = message_from_bytes(raw, policy=policy.default)
         link = parsed["List-Unsubscribe"].strip("<>")
-        assert app.read_unsubscribe(config.secret, link.rpartition("/")[2]) == ("alice", event)
+        assert read_unsubscribe(config.secret, link.rpartition("/")[2]) == ("alice", event)
         for kind in ("plain", "html"):
             assert parsed.get_body((kind,)).get_content().count(link) == 1, "the link in the text is another"

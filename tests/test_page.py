@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import Running, eventually
+from conftest import LINK_KEY, Running, eventually
 from playwright.sync_api import (
     Browser,
     BrowserContext,
@@ -266,7 +266,7 @@ def unread(client: httpx.Client) -> int:
 
 
 def link_token(service: Running, user: str) -> str:
-    return app.make_token(service.service.gate.link_key, user, app.timedelta(minutes=5))
+    return app.make_token(LINK_KEY, user, app.timedelta(minutes=5))
 
 
 # A morning in a small team, the oldest first.
