@@ -1388,25 +1388,23 @@ class Hub:
             stream.stale.set()
 
     async def hold(self, stream: InboxStream) -> None:
-        """Keep a stream until one of its tasks ends; one too many closes the oldest."""
+        """Keep a stream until its task ends; one too many ends the oldest."""
         streams = self.streams.setdefault(stream.user_id, [])
         streams.append(stream)
         for each in streams if self.closed else streams[:-STREAMS_PER_USER]:
-            each.close()
+            each.feeding.cancel()
         try:
-            await asyncio.wait(stream.tasks, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(stream.feeding, return_exceptions=True)
         finally:
-            stream.close()
             streams.remove(stream)
             if not streams:
                 del self.streams[stream.user_id]
-        await asyncio.gather(*stream.tasks, return_exceptions=True)
 
     def close(self) -> None:
         """End every stream: the process stops."""
         self.closed = True
         for stream in itertools.chain(*self.streams.values()):
-            stream.close()
+            stream.feeding.cancel()
 
     def changed(self, user_id: str) -> None:
         """An inbox changed here: tell our streams, and the other processes if there are any."""
@@ -1450,16 +1448,15 @@ class InboxStream:
         headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "GET":
-            self.tasks = [asyncio.ensure_future(part) for part in (self.feed(send), receive())]
+            self.feeding = asyncio.create_task(self.feed(send))
+            leaving = asyncio.ensure_future(receive())
+            leaving.add_done_callback(lambda _: self.feeding.cancel())
             await self.hub.hold(self)
+            leaving.cancel()
         # This may wait for the client to take the rest, for as long as it lives.
         cut = asyncio.get_running_loop().call_later(1, scope["extensions"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
-
-    def close(self) -> None:
-        for task in self.tasks:
-            task.cancel()
 
     async def feed(self, send: Send) -> None:
         """Send an event for each change and a comment in silence, for as long as the client takes them."""
