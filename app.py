@@ -677,7 +677,7 @@ def describe(error: BaseException) -> str:
 
 COOKIE = "bellhop_session"
 SESSION_DAYS = 30
-PROOFS = 256  # so many are believed for the second in which they were checked; strangers may send 64 KB each
+PROOFS = 256  # believed for the second in which they were checked; not more: a stranger's may have 64 KB
 
 
 class Caller(Struct, frozen=True):
@@ -1088,8 +1088,8 @@ class Outbound:
             self.sessions[scheme] = aiohttp.ClientSession(connector=connector, **options)
 
     async def close(self) -> None:
-        for client in list(self.idle):
-            self._hang_up(client)
+        for client in self.idle:
+            client.close()
         for session in self.sessions.values():
             await session.close()
 
@@ -1146,7 +1146,7 @@ class Outbound:
             await client.mail(self.sender)
             await client.rcpt(address)
             await client.data(raw, timeout=self.seconds)
-            self.idle[client] = asyncio.get_running_loop().call_later(MAIL_IDLE, self._hang_up, client)
+            self.idle[client] = asyncio.get_running_loop().call_later(MAIL_IDLE, client.close)
             return Outcome("sent")
         except MAIL_FAULTS as error:
             code = getattr(error, "code", 0)
@@ -1163,7 +1163,7 @@ class Outbound:
     async def _connect(self) -> MailClient:
         """An idle connection that still answers, or a new one: a stale one shows before anything is sent."""
         wait = self.seconds * 0.4
-        if self.idle:  # one try: a dead server would have every idle connection waited for
+        if self.idle:  # the last one, and one try: a dead server would have every idle connection waited for
             client, timer = self.idle.popitem()
             with contextlib.suppress(*MAIL_FAULTS):
                 await client.rset(timeout=wait / 2)
@@ -1174,10 +1174,6 @@ class Outbound:
         async with asyncio.timeout(wait):
             await client.connect()
         return client
-
-    def _hang_up(self, client: MailClient) -> None:
-        self.idle.pop(client, None)
-        client.close()
 
     async def send_push(self, message: Outgoing) -> Outcome:
         """One item as itself; several as "N notifications", which replaces the one shown before it."""
