@@ -212,7 +212,7 @@ def bench_sharing(report: Report, service: str, key: str) -> None:
         running(HERE / "ungrouped.py", service) as (single, _),
     ):
         turns = [("shared", shared), ("single", single)]
-        for _ in range(2 * ROUNDS):
+        for _ in range(3 * ROUNDS):
             turns.reverse()  # nobody is always the one after a pause
             for name, url in turns:
                 alone[name].append(wrk(url, "post.lua", 1, seconds=1, BENCH_PROOF=key)["p50"])
@@ -224,10 +224,11 @@ def bench_sharing(report: Report, service: str, key: str) -> None:
     report.show(
         "one create alone, median", medians["shared"], "µs", f"without sharing {medians['single']:,.0f} µs"
     )
-    report.promise(
-        "alone no slower than without sharing (a tenth is noise)",
-        medians["shared"] <= 1.1 * medians["single"],
+    # Of each turn with its neighbour: the machine's pace changes within seconds.
+    longer = statistics.median(
+        ours / other for ours, other in zip(alone["shared"], alone["single"], strict=True)
     )
+    report.promise(f"alone no slower than without sharing (a tenth is noise): {longer:.2f}", longer <= 1.1)
     report.show("32 at once", rates["shared"], "/s", f"without sharing {rates['single']:,.0f} /s")
     report.promise(
         f"32 at once at least 2 times: {rates['shared'] / rates['single']:.2f}",
