@@ -1634,7 +1634,7 @@ async def delete_key(ask: Ask) -> None:
 
 async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
-    address = plain(await ask.mine.one("get_webhook", **ask.path))
+    address = plain(await ask.mine.one("get_webhook", **ask.path))["address"]
     ping, now = new_id(), datetime.now(UTC)
     message = Outgoing("", ping, 0, "webhook", "", "en", now, address, 1, ping, "bellhop.ping", [])
     return await ask.bell.outbound.send(message)

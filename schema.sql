@@ -252,6 +252,27 @@ CREATE INDEX IF NOT EXISTS intake_reader  -- hash: it holds whatever length
     ON intake USING hash (coalesce(payload ->> 'user_id', payload ->> 'userId'));
     -- serves: delete_user, get_export
 
+-- Upgrades: dated statements that bring an older release's tables up to what is written above; the views
+-- below stand on them.
+-- 2026-11-21: the outbox leaves room for the two versions that follow.
+ALTER TABLE outbox SET (fillfactor = 40);
+-- 2026-11-21: a browser's endpoint is unique, by another index.
+DROP INDEX IF EXISTS push_subscriptions_endpoint;
+-- 2026-11-21: what is archived but not read can be settled too; a payload may name its user in camelCase.
+DROP INDEX IF EXISTS notifications_subject, intake_user;
+-- 2026-11-21: an endpoint has as many old secrets as it was given new ones in a day.
+DO $$ BEGIN
+    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('webhook_endpoints')
+                                          AND attname = 'old_secret' AND NOT attisdropped) THEN
+        ALTER TABLE webhook_endpoints ADD COLUMN old_secrets jsonb NOT NULL DEFAULT '[]';
+        UPDATE webhook_endpoints
+        SET old_secrets = jsonb_build_array(jsonb_build_object(
+            'sealed', encode(old_secret, 'base64'), 'until', old_secret_until))
+        WHERE old_secret IS NOT NULL;
+        ALTER TABLE webhook_endpoints DROP COLUMN old_secret, DROP COLUMN old_secret_until;
+    END IF;
+END $$;
+
 -- What holds for a user without a row of choices; the same values as the columns' defaults.
 CREATE OR REPLACE VIEW default_preferences AS
 SELECT NULL::text AS email, true AS in_app_enabled, false AS email_enabled, false AS push_enabled,
@@ -289,24 +310,12 @@ CROSS JOIN LATERAL (
 ) quiet
 WHERE p.quiet_from <> p.quiet_to AND quiet.begins <= now() AND now() < quiet.ends;
 
--- Upgrades: dated statements that bring an older release's tables up to what is written above.
--- 2026-11-21: the outbox leaves room for the two versions that follow.
-ALTER TABLE outbox SET (fillfactor = 40);
--- 2026-11-21: a browser's endpoint is unique, by another index.
-DROP INDEX IF EXISTS push_subscriptions_endpoint;
--- 2026-11-21: what is archived but not read can be settled too; a payload may name its user in camelCase.
-DROP INDEX IF EXISTS notifications_subject, intake_user;
--- 2026-11-21: an endpoint has as many old secrets as it was given new ones in a day.
-DO $$ BEGIN
-    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('webhook_endpoints')
-                                          AND attname = 'old_secret' AND NOT attisdropped) THEN
-        ALTER TABLE webhook_endpoints ADD COLUMN old_secrets jsonb NOT NULL DEFAULT '[]';
-        UPDATE webhook_endpoints
-        SET old_secrets = jsonb_build_array(jsonb_build_object(
-            'sealed', encode(old_secret, 'base64'), 'until', old_secret_until))
-        WHERE old_secret IS NOT NULL;
-        ALTER TABLE webhook_endpoints DROP COLUMN old_secret, DROP COLUMN old_secret_until;
-    END IF;
-END $$;
+-- Where an endpoint is and what signs for it: its secret, and each old one that is still good.
+CREATE OR REPLACE VIEW webhook_addresses AS
+SELECT w.id, w.disabled_at,
+       json_build_object('url', w.url, 'sealed', jsonb_build_array(encode(w.secret, 'base64'))
+           || coalesce((SELECT jsonb_agg(old -> 'sealed') FROM jsonb_array_elements(w.old_secrets) AS old
+                        WHERE (old ->> 'until')::timestamptz > now()), '[]')) AS address
+FROM webhook_endpoints w;
 
 INSERT INTO schema_version (version) VALUES (1) ON CONFLICT (version) DO NOTHING;

@@ -89,10 +89,7 @@ looked AS MATERIALIZED (
                     WHEN 'email' THEN p.email
                     WHEN 'push' THEN (SELECT json_build_object('endpoint', s.endpoint, 'p256dh', s.p256dh, 'auth', s.auth)
                                       FROM push_subscriptions s WHERE s.user_id = d.user_id AND s.id = d.target)::text
-                    ELSE (SELECT json_build_object('url', w.url, 'sealed', jsonb_build_array(encode(w.secret, 'base64'))
-                              || coalesce((SELECT jsonb_agg(old -> 'sealed') FROM jsonb_array_elements(w.old_secrets) AS old
-                                           WHERE (old ->> 'until')::timestamptz > now()), '[]'))
-                          FROM webhook_endpoints w WHERE w.id = d.target AND w.disabled_at IS NULL)::text
+                    ELSE (SELECT w.address FROM webhook_addresses w WHERE w.id = d.target AND w.disabled_at IS NULL)::text
                END AS address,
                coalesce(p.enabled, d.channel = 'webhook') AS enabled,
                (SELECT max(s.reason) FROM suppressions s

@@ -1,12 +1,7 @@
 -- The state of everything that leaves: counts, the age of the oldest due message, breakers, an hour.
-WITH outcome AS MATERIALIZED (
-    SELECT channel, status, coalesce(reason, '') AS reason, count(*) AS n
-    FROM deliveries GROUP BY channel, status, reason
-)
 SELECT coalesce((SELECT json_agg(json_build_object('channel', c.channel, 'status', c.status, 'n', c.n))
-                 FROM (SELECT channel, status, sum(n) AS n FROM outcome GROUP BY channel, status
+                 FROM (SELECT channel, status, count(*) AS n FROM deliveries GROUP BY channel, status
                        ORDER BY channel, status) c), '[]'::json) AS counts,
-       coalesce((SELECT json_agg(outcome) FROM outcome), '[]'::json) AS outcomes,
        (SELECT extract(epoch FROM now() - min(available_at))::float8 FROM outbox
         WHERE state IN ('open', 'pending', 'sending') AND available_at <= now()) AS oldest_due_seconds,
        coalesce((SELECT json_agg(json_build_object('provider', provider, 'faults', faults, 'paused_until', paused_until)

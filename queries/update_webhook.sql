@@ -1,6 +1,8 @@
 -- Changes of an endpoint what is given; enabled switches it on or off.
 UPDATE webhook_endpoints w
-SET url = coalesce(p.url, w.url), host = coalesce(lower(substring(p.url FROM '^[^/]*//([^/?#]+)')), w.host), events = coalesce(p.events, w.events),
+SET url = coalesce(p.url, w.url),
+    host = coalesce(lower(substring(p.url FROM '^[^/]*//([^/?#]+)')), w.host),
+    events = coalesce(p.events, w.events),
     min_severity = coalesce(p.min_severity, w.min_severity),
     user_id = CASE WHEN %(patch)s::jsonb ? 'user_id' THEN p.user_id ELSE w.user_id END,
     disabled_at = CASE WHEN p.enabled THEN NULL WHEN NOT p.enabled THEN coalesce(w.disabled_at, now())

@@ -1,7 +1,8 @@
 """Messages through the worker with a channel that does nothing, beside PgQueuer with a job that does nothing.
 
 Both on the same PostgreSQL in the same run, one process each in turn: claimed and finished in the database.
-How fast the machine is tells pgbench, which inserts bare notifications there in between.
+How fast the machine is tells pgbench, which inserts bare notifications there in between. Exit code 1 when one
+of the two promises is not kept; that of a number a second depends on the machine as well.
     .venv/bin/pip install -q pgqueuer && .venv/bin/python tests/bench/messages.py
 """
 
@@ -28,8 +29,7 @@ from psycopg.types.json import set_json_loads
 import app
 
 MESSAGES, ROUNDS = int(os.environ.get("MESSAGES", "30000")), 3
-# 30,000 a second are promised on two cores where pgbench inserts 14,600 rows; here it may do more or fewer.
-OF_BARE_INSERT = 30_000 / 14_600
+PROMISED = 30_000  # a second, on two cores
 AT_ONCE = 4000
 SENT = """
     SELECT count(*) FROM deliveries d JOIN outbox o ON o.user_id = d.user_id AND o.id = d.message_id
@@ -123,12 +123,14 @@ def main() -> None:
     ours, jobs, inserts = map(statistics.median, zip(*(one_round() for _ in range(ROUNDS)), strict=True))
     report.show("messages claimed, looked at and finished", ours, "/s")
     report.show("jobs of PgQueuer", jobs, "/s")
-    report.show("the bare insert by pgbench, 64 connections", inserts, "/s")
-    report.promise(f"at least 1.5 of PgQueuer: {ours / jobs:.2f}", ours >= 1.5 * jobs)
-    report.promise(
-        f"at least {OF_BARE_INSERT:.2f} of the bare insert: {ours / inserts:.2f}",
-        ours >= OF_BARE_INSERT * inserts,
+    report.show(
+        "the bare insert by pgbench, 64 connections",
+        inserts,
+        "/s",
+        f"a message is {inserts / ours:.2f} of one",
     )
+    report.promise(f"at least 1.5 of PgQueuer: {ours / jobs:.2f}", ours >= 1.5 * jobs)
+    report.promise(f"at least {PROMISED:,} a second: {ours:,.0f}", ours >= PROMISED)
     sys.exit(bool(report.broken))
 
 
