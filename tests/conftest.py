@@ -23,7 +23,7 @@ from pytest_postgresql import factories
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peers import MARKER, Hookbox, Mailbox, Pushbox, hang_up_on_everybody, running
+from peers import MARKER, Hookbox, Mailbox, Pushbox, hang_up_on_everybody, running, stop_listening
 
 import app
 
@@ -102,8 +102,7 @@ class QuickServer(app.Server):
     async def shutdown(self, sockets: Any = None) -> None:
         self.running.service.hub.close()
         for server in self.servers:
-            server.close()
-        await asyncio.sleep(0)
+            await stop_listening(server)
         for _ in range(500):  # again and again: some were accepted but not yet known
             for connection in list(self.server_state.connections):
                 connection.shutdown()

@@ -56,6 +56,14 @@ async def hang_up_on_everybody() -> None:
         await asyncio.sleep(0.005)
 
 
+async def stop_listening(server: asyncio.Server) -> None:
+    """Close it once whom it accepted is known: who is not would be dropped, and Python tell of a leak."""
+    for listener in server.sockets:
+        asyncio.get_running_loop().remove_reader(listener.fileno())
+    await asyncio.sleep(0)
+    server.close()
+
+
 class Peer(abc.ABC):
     """A server in a thread of its own; what it saw may be read from the test's thread."""
 
@@ -246,7 +254,7 @@ class Mailbox(Peer):
         self.port = self.server.sockets[0].getsockname()[1]
 
     async def silence(self) -> None:
-        self.server.close()
+        await stop_listening(self.server)
         for transport in list(self.open):
             transport.abort()
         await self.server.wait_closed()
@@ -352,15 +360,13 @@ class Hookbox(Peer):
         return self.requests
 
     async def listen(self) -> None:
-        server = aiohttp.web.Server(self.handle, access_log=None, handler_cancellation=True)
-        self.runner = aiohttp.web.ServerRunner(server, shutdown_timeout=0.01)
-        await self.runner.setup()
-        site = aiohttp.web.TCPSite(self.runner, self.host, self.port, ssl_context=self.context)
-        await site.start()
-        self.port = self.runner.addresses[0][1]
+        self.web = aiohttp.web.Server(self.handle, access_log=None, handler_cancellation=True)
+        self.server = await self.loop.create_server(self.web, self.host, self.port, ssl=self.context)
+        self.port = self.server.sockets[0].getsockname()[1]
 
     async def silence(self) -> None:
-        await self.runner.cleanup()
+        await stop_listening(self.server)
+        await self.web.shutdown(0.01)
 
     async def handle(self, request: aiohttp.web.BaseRequest) -> aiohttp.web.StreamResponse:
         """Keep the request, answer as scripted."""
