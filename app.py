@@ -262,7 +262,7 @@ class Body(Struct, forbid_unknown_fields=True):
     """A request's body: a field it does not know is an error."""
 
 
-class NotificationCreate(Struct, frozen=True, forbid_unknown_fields=True):
+class NotificationCreate(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
     body: Annotated[str, Meta(max_length=8000)]
@@ -453,6 +453,7 @@ class Line(Struct, gc=False):
 class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; itself the key in a dict
     """One claimed message, with at most ten lines of its items."""
 
+    newest_id: UUID
     user_id: str
     id: UUID
     claim_seq: int
@@ -462,7 +463,6 @@ class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; i
     created_at: datetime
     address: dict[str, Any]
     total: int
-    newest_id: UUID
     event_name: str | None  # of a single one
     lines: list[Line]
     folded: bool = False  # a digest, even if one item is left
@@ -471,7 +471,7 @@ class Outgoing(Struct, gc=False, eq=False):  # not looked at by the collector; i
 
 def outgoing(*row: Any) -> Outgoing | None:
     """What a row of claim_messages.sql says is to be sent, if anything; a single item's line comes first."""
-    line, message = Line(*row[:5]), Outgoing(*row[5:])
+    line, message = Line(*row[:5]), Outgoing(row[0], *row[5:])
     if message.id is None:
         return None
     to, lines = cast("Any", message.address), cast("Any", message.lines)
@@ -570,7 +570,7 @@ class Db:
             preview = self.bound.get("rollback")
             async with connection.transaction(force_rollback=True) if preview else contextlib.nullcontext():
                 cursor = AsyncRawCursor(connection, row_factory=args_row(kind) if kind else dict_row)
-                await cursor.execute(query.numbered, values)
+                await cursor.execute(query.numbered, values, binary=True)
             return await cursor.fetchall() if cursor.description else [cursor.rowcount]
         finally:
             await self.pool.putconn(connection)
@@ -1295,7 +1295,7 @@ class Worker:
         finally:
             self.in_flight.pop(message, None)
         key = {"user_id": message.user_id, "id": message.id, "claim_seq": message.claim_seq}
-        self.results.append(key | msgspec.to_builtins(outcome) | {"email": message.address.get("email")})
+        self.results.append(key | msgspec.structs.asdict(outcome) | {"email": message.address.get("email")})
         self.done.set()
 
     async def finish_turn(self) -> None:
@@ -1636,7 +1636,7 @@ async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
     address = plain(await ask.mine.one("get_webhook", **ask.path))["address"]
     ping, now = new_id(), datetime.now(UTC)
-    message = Outgoing("", ping, 0, "webhook", "", "en", now, address, 1, ping, "bellhop.ping", [])
+    message = Outgoing(ping, "", ping, 0, "webhook", "", "en", now, address, 1, "bellhop.ping", [])
     return await ask.bell.outbound.send(message)
 
 

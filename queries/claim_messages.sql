@@ -63,9 +63,9 @@ due AS MATERIALIZED (
     ORDER BY d.available_at
     LIMIT %(room)s::int
 ),
--- Each message with its address (none: its target is gone) and with what it still has to say: the most
--- severe first, then the newest. OFFSET 0 keeps the planner from joining whole tables where one row is
--- found by its key, and from repeating an expression wherever its result is used.
+-- Each message with its address (none: its target is gone) and with what it still has to say. OFFSET 0
+-- keeps the planner from joining whole tables where one row is found by its key, and from repeating an
+-- expression wherever its result is used.
 looked AS MATERIALIZED (
     SELECT d.*, p.locale, a.address, p.until, c.*,
            CASE WHEN c.total = 0 THEN 'void'
@@ -105,10 +105,9 @@ looked AS MATERIALIZED (
                max(i.event_name) FILTER (WHERE i.reason IS NULL) AS event_name,
                max(i.severity) FILTER (WHERE i.reason IS NULL) AS severity,
                max(i.created_at) FILTER (WHERE i.reason IS NULL) AS told_at,
-               (array_agg(json_build_object('id', i.id, 'text', i.text, 'event_name', i.event_name,
-                                            'severity', i.severity, 'created_at', i.created_at)
-                          ORDER BY array_position('{info,success,warning,critical}', i.severity) DESC, i.id DESC)
-                FILTER (WHERE i.reason IS NULL AND d.digest IS NOT NULL))[1:10] AS lines,
+               array_agg(json_build_object('id', i.id, 'text', i.text, 'event_name', i.event_name,
+                                           'severity', i.severity, 'created_at', i.created_at))
+               FILTER (WHERE i.reason IS NULL AND d.digest IS NOT NULL) AS lines,
                array_agg(i.id) FILTER (WHERE i.reason IS NOT NULL) AS dropped,
                array_agg(i.reason) FILTER (WHERE i.reason IS NOT NULL) AS reasons
         FROM deliveries v
@@ -148,28 +147,6 @@ probed AS (
     SET paused_until = now() + interval '30 seconds'
     FROM decided d WHERE d.probes AND d.verdict = 'sending' AND b.provider = d.provider
 ),
--- In quiet hours a message that was never tried becomes a digest that is due: update_due_digests
--- folds it into the quiet one. A message that was tried keeps its identity and waits by itself.
-claimed AS (
-    UPDATE outbox o
-    SET state = CASE WHEN d.verdict <> 'held' THEN d.verdict WHEN d.state = 'open' THEN 'open' ELSE 'pending' END,
-        claim_seq = o.claim_seq + 1, crashes = d.crashes,
-        available_at = CASE WHEN d.verdict = 'sending' THEN now() + %(lease)s::float8 * interval '1 second'
-                            WHEN d.verdict = 'held' AND d.state <> 'open' THEN d.until
-                            ELSE o.available_at END,
-        digest = CASE WHEN d.verdict = 'held' AND d.state = 'open' THEN coalesce(o.digest, 'held:' || o.id)
-                      ELSE o.digest END,
-        token_minute = CASE WHEN d.verdict <> 'held' OR d.state <> 'open' THEN o.token_minute END,
-        last_error = coalesce(d.error, o.last_error),
-        finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
-    FROM decided d
-    WHERE o.ctid = ANY (ARRAY(SELECT found.place FROM decided found)) AND o.user_id = d.user_id AND o.id = d.id
-    RETURNING d.newest_id::uuid AS newest_id, d.text, d.event_name, d.severity, d.told_at,
-              o.user_id, CASE WHEN d.verdict = 'sending' THEN o.id END AS id, o.claim_seq, d.channel, d.provider,
-              coalesce(d.locale, 'en') AS locale, d.created_at, d.address, d.total,
-              CASE WHEN d.total = 1 THEN d.event_name END AS single_name, array_to_json(d.lines) AS lines,
-              d.digest IS NOT NULL AS folded, d.crashes >= 3 AS alone
-),
 -- What became needless or unwanted since it was created.
 suppressed AS (
     UPDATE deliveries v
@@ -186,7 +163,31 @@ given_up AS (
     WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
       AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
--- The fields of a Line and then of Outgoing: to build JSON of them would cost as much as all the looking.
-SELECT newest_id, text, event_name, severity, told_at, user_id, id, claim_seq, channel, provider, locale, created_at,
-       address, total, newest_id, single_name, lines, folded, alone
-FROM claimed
+-- In quiet hours a message that was never tried becomes a digest that is due: update_due_digests
+-- folds it into the quiet one. A message that was tried keeps its identity and waits by itself.
+UPDATE outbox o
+SET state = CASE WHEN d.verdict <> 'held' THEN d.verdict WHEN d.state = 'open' THEN 'open' ELSE 'pending' END,
+    claim_seq = o.claim_seq + 1, crashes = d.crashes,
+    available_at = CASE WHEN d.verdict = 'sending' THEN now() + %(lease)s::float8 * interval '1 second'
+                        WHEN d.verdict = 'held' AND d.state <> 'open' THEN d.until
+                        ELSE o.available_at END,
+    digest = CASE WHEN d.verdict = 'held' AND d.state = 'open' THEN coalesce(o.digest, 'held:' || o.id)
+                  ELSE o.digest END,
+    token_minute = CASE WHEN d.verdict <> 'held' OR d.state <> 'open' THEN o.token_minute END,
+    last_error = coalesce(d.error, o.last_error),
+    finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
+FROM decided d
+WHERE o.ctid = ANY (ARRAY(SELECT found.place FROM decided found)) AND o.user_id = d.user_id AND o.id = d.id
+-- The fields of a Line, then of Outgoing: to build JSON of them would cost as much as all the looking.
+RETURNING d.newest_id::uuid, d.text, d.event_name, d.severity, d.told_at,
+          o.user_id, CASE WHEN d.verdict = 'sending' THEN o.id END, o.claim_seq, d.channel, d.provider,
+          coalesce(d.locale, 'en'), d.created_at, d.address, d.total,
+          CASE WHEN d.total = 1 THEN d.event_name END,
+          -- Of a digest the most severe ten, then the newest.
+          CASE WHEN d.lines IS NOT NULL THEN (
+              SELECT json_agg(top.line) FROM (
+                  SELECT line FROM unnest(d.lines) AS line
+                  ORDER BY array_position('{info,success,warning,critical}', line ->> 'severity') DESC,
+                           (line ->> 'id')::uuid DESC
+                  LIMIT 10) top) END,
+          d.digest IS NOT NULL, d.crashes >= 3

@@ -4,18 +4,21 @@
 WITH item AS MATERIALIZED (
     -- ref names the row an item asks for: its key, or itself. The key is the caller's, or made of the resource,
     -- as a hash where it is long: an index entry holds 2,700 bytes, the user's id among them.
-    SELECT i.n, i.id, i.redacted, i.intake, a.*, k.key, coalesce('key ' || k.key, i.id::text) AS ref
-    FROM ROWS FROM (jsonb_to_recordset(%(items)s::jsonb) AS (
-        id uuid, asked jsonb, redacted boolean, intake uuid)) WITH ORDINALITY
-        AS i (id, asked, redacted, intake, n)
-    CROSS JOIN LATERAL jsonb_to_record(i.asked) AS a (
-        user_id text, event_name text, title text, body text, summary text, target_url text, severity text,
-        data jsonb, idempotency_key text, resource_id text, batch_key text, subject_key text, private boolean)
+    SELECT i.n, (i.item ->> 'id')::uuid AS id, (i.item ->> 'intake')::uuid AS intake,
+           a.asked ->> 'user_id' AS user_id, a.asked ->> 'event_name' AS event_name, a.asked ->> 'title' AS title,
+           a.asked ->> 'body' AS body, a.asked ->> 'summary' AS summary, a.asked ->> 'target_url' AS target_url,
+           coalesce(a.asked ->> 'severity', 'info') AS severity, coalesce(a.asked -> 'data', '{}') AS data,
+           a.asked ->> 'batch_key' AS batch_key, a.asked ->> 'subject_key' AS subject_key,
+           coalesce((a.asked ->> 'private')::boolean, false) AS private, (i.item ->> 'redacted')::boolean AS redacted,
+           k.key, coalesce('key ' || k.key, i.item ->> 'id') AS ref
+    FROM jsonb_array_elements(%(items)s::jsonb) WITH ORDINALITY AS i (item, n)
+    CROSS JOIN LATERAL (SELECT i.item -> 'asked' AS asked OFFSET 0) a
     CROSS JOIN LATERAL (
-        SELECT coalesce(a.idempotency_key, CASE WHEN octet_length(made.key) > 1500
-                                                THEN encode(sha256(convert_to(made.key, 'UTF8')), 'hex')
-                                                ELSE made.key END) AS key
-        FROM (SELECT a.user_id || ':' || a.event_name || ':' || a.resource_id) AS made (key)
+        SELECT coalesce(a.asked ->> 'idempotency_key',
+                        CASE WHEN octet_length(made.key) > 1500
+                             THEN encode(sha256(convert_to(made.key, 'UTF8')), 'hex') ELSE made.key END) AS key
+        FROM (SELECT (a.asked ->> 'user_id') || ':' || (a.asked ->> 'event_name')
+                     || ':' || (a.asked ->> 'resource_id')) AS made (key)
     ) k
 ),
 -- What was kept for later leaves intake here and nowhere else: it is stored once or was cancelled.

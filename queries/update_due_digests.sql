@@ -72,7 +72,7 @@ moved AS (
     FROM held h
     JOIN opened o ON o.user_id = h.user_id AND o.channel = h.channel AND o.target = h.target
                  AND o.digest = h.folder
-    WHERE d.user_id = h.user_id AND d.message_id = h.id AND d.status = 'queued' AND h.id <> o.id
+    WHERE d.user_id = h.user_id AND d.message_id = h.id AND h.id <> o.id
 ),
 -- and the message they leave was never tried, so nobody will miss it.
 folded AS (

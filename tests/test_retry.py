@@ -256,7 +256,7 @@ def test_a_result_is_written_down_even_when_its_error_holds_what_json_cannot(
         return app.Outcome("retry", "\x00 \ud800 \x1b[2J end")
 
     message = app.Outgoing(
-        "u", id, 1, "webhook", "webhook:x", "en", app.datetime.now(app.UTC), {}, 1, id, None, []
+        id, "u", id, 1, "webhook", "webhook:x", "en", app.datetime.now(app.UTC), {}, 1, None, []
     )
     worker.outbound.send_webhook = strange
     service.call(worker.deliver(message))
