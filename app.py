@@ -72,7 +72,7 @@ from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
 from litestar.utils import normalize_path
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct, UnsetType
 from psycopg import AsyncRawCursor
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
@@ -332,19 +332,22 @@ class NotificationPatch(Body):
             raise Problem("invalid", "Expected read, archived or both", "read")
 
 
-def optional(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
-    """A body whose fields may each be left out; UNSET tells that from null, which takes a word back."""
-    given = [(field, kind | type(default), default) for field, kind in fields.items()]
+def body(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
+    """A body; with a default its fields may be left out. UNSET tells that from null, which clears a field."""
+    kinds = fields.values() if default is NODEFAULT else [kind | type(default) for kind in fields.values()]
+    given = [(field, kind, default) for field, kind in zip(fields, kinds, strict=True)]
     return msgspec.defstruct(name, given, bases=(Body,), module=__name__)
 
 
-RetryRequest = optional("RetryRequest", None, channel=Channel)
-WebhookPatch = optional(
+Endpoint = body("Endpoint", NODEFAULT, endpoint=Annotated[str, Meta(max_length=2000)])
+Subject = body("Subject", NODEFAULT, subject_key=Key)
+RetryRequest = body("RetryRequest", None, channel=Channel)
+WebhookPatch = body(
     "WebhookPatch", url=HttpUrl, events=EventNames, min_severity=Severity, user_id=UserId | None, enabled=bool
 )
-ContactPatch = optional("ContactPatch", email=EmailAddress | None, timezone=TimeZone, locale=Locale)
-Switches = optional("Switches", email=bool | None, push=bool | None, webhook=bool | None)
-PreferencesPatch = optional(
+ContactPatch = body("ContactPatch", email=EmailAddress | None, timezone=TimeZone, locale=Locale)
+Switches = body("Switches", email=bool | None, push=bool | None, webhook=bool | None)
+PreferencesPatch = body(
     "PreferencesPatch",
     **dict.fromkeys(("in_app_enabled", "email_enabled", "push_enabled"), bool),
     digest_minutes=Annotated[int, Meta(ge=0, le=1440)],
@@ -371,14 +374,6 @@ class PushKeys(Struct):
 class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
     endpoint: PushUrl
     keys: PushKeys
-
-
-class Endpoint(Body):
-    endpoint: Annotated[str, Meta(max_length=2000)]
-
-
-class Subject(Body):
-    subject_key: Key
 
 
 class TokenRequest(Body):
@@ -868,27 +863,29 @@ class Shared:
 
     async def ask(self, items: list[Any]) -> list[Any]:
         """A row for each item, after COMMIT; all items or none."""
-        done: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self.waiting.append((items, done))
-        self.arrived.set()
-        return await done
+        request: Waiting = items, asyncio.get_running_loop().create_future()
+        if self.waiting or self.turn.locked():
+            self.waiting.append(request)
+            self.arrived.set()
+        else:  # nobody is before it
+            await self.answer([request])
+        return await request[1]
 
     async def run(self) -> None:
-        """Answer what waits: while one batch is under way the next one grows."""
+        """Answer what waits: while one statement is under way the next one grows."""
         await self.arrived.wait()
         self.arrived.clear()
         while self.waiting:
-            requests, room = list[Waiting](), SHARED_ITEMS
-            while self.waiting and room > 0:
-                requests.append(self.waiting.popleft())
-                room -= len(requests[-1][0])
-            await self.answer(requests)
+            await self.answer([], SHARED_ITEMS)
 
-    async def answer(self, requests: list[Waiting]) -> None:
-        """One statement for all; if it fails for one item's sake, each request by itself."""
-        items = [item for wanted, _ in requests for item in wanted]
+    async def answer(self, requests: list[Waiting], room: int = 0) -> None:
+        """One statement for these, and `room` items that wait by then; if one spoils it, each by itself."""
         try:
             async with asyncio.timeout(PATIENCE), self.turn:
+                while self.waiting and room > 0:
+                    requests.append(self.waiting.popleft())
+                    room -= len(requests[-1][0])
+                items = [item for wanted, _ in requests for item in wanted]
                 rows = await self.db.many(self.name, self.kind, items=encode(items)) if items else []
         except Exception as error:
             if as_problem(error).code == "database_away":  # nobody waits for it twice
@@ -902,8 +899,10 @@ class Shared:
                 if not done.done():
                     done.set_exception(error)
             return
-        # First the statement of those that wait is sent: PostgreSQL works while we answer.
-        asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
+        if self.waiting:  # their statement is sent first: PostgreSQL works while we answer
+            asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
+        else:
+            self.hand_out(requests, rows)
 
     def hand_out(self, requests: list[Waiting], rows: list[Any]) -> None:
         """Give each request the rows of its items."""
