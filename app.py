@@ -892,8 +892,9 @@ class Shared:
                 requests = [*requests, *self.waiting]
                 self.waiting.clear()
             elif len(requests) > 1:
-                for request in requests:
-                    await self.answer([request])
+                self.waiting.extendleft(reversed(requests))
+                for _ in requests:
+                    await self.answer([], 1)
                 return
             for _, done in requests:
                 if not done.done():

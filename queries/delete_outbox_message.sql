@@ -1,9 +1,11 @@
--- Skips a waiting message: its items become cancelled, and what joins it later leaves without them; no
--- row when it has left already. The message itself stays until it is due, so that nothing is lost.
-WITH waiting AS MATERIALIZED (
-    SELECT id FROM outbox
-    WHERE user_id = %(user_id)s::text AND id = %(id)s::uuid AND state IN ('open', 'pending')
-    FOR UPDATE
+-- Skips a waiting message: its items become cancelled, and what joins a digest later leaves without them; no
+-- row when it has left already. Written in the outbox too, so that a claim that began before notices it.
+WITH waiting AS (
+    UPDATE outbox o
+    SET state = CASE WHEN o.digest IS NULL THEN 'void' ELSE o.state END,
+        finished_at = CASE WHEN o.digest IS NULL THEN now() END
+    WHERE o.user_id = %(user_id)s::text AND o.id = %(id)s::uuid AND o.state IN ('open', 'pending')
+    RETURNING o.id
 ),
 cancelled AS (
     UPDATE deliveries d

@@ -17,6 +17,13 @@ waiting AS MATERIALIZED (
     ORDER BY o.user_id, o.id
     FOR UPDATE
 ),
+-- As in delete_outbox_message: a claim that began before notices what is written here.
+emptied AS (
+    UPDATE outbox o
+    SET state = CASE WHEN o.digest IS NULL THEN 'void' ELSE o.state END,
+        finished_at = CASE WHEN o.digest IS NULL THEN now() END
+    FROM waiting w WHERE o.user_id = w.user_id AND o.id = w.id
+),
 dropped AS (
     UPDATE deliveries d
     SET status = 'suppressed', reason = 'already_read'

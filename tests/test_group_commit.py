@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 import psycopg
-from conftest import Running, eventually
+from conftest import Running, app, eventually
+from psycopg.conninfo import conninfo_to_dict
 
 Sql = Callable[..., list[tuple[Any, ...]]]
 NOTE = {"event_name": "comment.created", "title": "A comment", "body": "Inside"}
@@ -61,6 +62,30 @@ def test_a_bad_batch_in_flight_takes_no_other_down(
     replies = at_once(requests, key)
     assert [reply.status_code for reply in replies] == [201] * 15 + [400] * 5
     assert sql("SELECT count(*) FROM notifications") == [(20,)]
+
+
+def test_nobody_waits_for_the_patience_of_another(
+    serve: Callable[..., Running], make_key: Callable[[str], str], database: str, sql: Sql
+) -> None:
+    """One spoils the statement, so each is asked for by itself; the first that hangs speaks for all."""
+    service, key = serve(delivery_concurrency=0), make_key("send")
+    intake, replies = service.service.intake, list[httpx.Response]()
+    held = [{**NOTE, "user_id": "alice", "idempotency_key": "held"}] * 4
+    bodies = [json.dumps(body) for body in [*held, {**NOTE, "user_id": "bob", "title": "\0"}]]
+    requests = [(service.url, "/api/notifications", body) for body in bodies]
+    asking = threading.Thread(target=lambda: replies.extend(at_once(requests, key)))
+    with psycopg.connect(database) as stranger:
+        stranger.execute("INSERT INTO notifications (user_id, id, event_name, title, body, severity, idempotency_key)"
+                         " VALUES ('alice', gen_random_uuid(), 'e', 't', 'b', 'info', 'held')")  # fmt: skip
+        service.call(intake.turn.acquire())
+        asking.start()
+        eventually(lambda: len(intake.waiting) == len(requests))
+        service.loop.call_soon_threadsafe(intake.turn.release)
+        asking.join()
+        stranger.rollback()
+    waited = [reply.elapsed.total_seconds() for reply in replies if reply.status_code == 503]
+    assert len(waited) >= len(held) and {reply.status_code for reply in replies} <= {503, 400}
+    assert max(waited) - min(waited) < app.PATIENCE
 
 
 def test_everyone_gets_their_own_row_back(
@@ -123,6 +148,7 @@ def test_batches_with_overlapping_keys_in_opposite_order_never_deadlock(
 def test_a_statement_that_lost_a_deadlock_is_run_again(
     serve: Callable[..., Running], make_key: Callable[[str], str], database: str, sql: Sql
 ) -> None:
+    sql(f"ALTER DATABASE {conninfo_to_dict(database)['dbname']} SET deadlock_timeout TO '100ms'")
     service, key = serve(delivery_concurrency=0), make_key("send")
     note = {**NOTE, "user_id": "alice", "subject_key": "invoice:42"}
     notes = json.dumps({"notifications": [note, note]})
@@ -140,4 +166,5 @@ def test_a_statement_that_lost_a_deadlock_is_run_again(
         stranger.execute(touch, [first])
     asking.join()
     assert [reply.json() for reply in replies] == [{"resolved": 2}]
-    assert sql("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(1,)]
+    counted = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    eventually(lambda: sql(counted) == [(1,)])

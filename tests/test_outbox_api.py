@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
-from conftest import Running, eventually, problem
+from conftest import Running, app, eventually, problem
 from peers import HANG, Hookbox, Mailbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -155,6 +156,33 @@ def test_each_target_is_a_message_of_its_own(
         assert [one["channel"] for one in outbox(alice)] == ["email"]
     drain()
     assert not hookbox.requests
+
+
+@pytest.mark.parametrize("batch_key", [None, "k"])
+@pytest.mark.parametrize("way", ["skip", "resolve"])
+def test_a_claim_that_began_before_notices_what_was_taken_back(
+    service: Running, database: str, post: Post, api: httpx.Client, alice: httpx.Client, sql: Sql,
+    batch_key: str | None, way: str,
+) -> None:  # fmt: skip
+    """Its snapshot still shows the items as waiting: what tells it otherwise is the message itself."""
+    with service.paused(), psycopg.connect(database) as late:
+        post(severity="warning", batch_key=batch_key, subject_key="s")
+        sql("UPDATE outbox SET available_at = now(), token_minute = now()")
+        late.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        late.execute("SELECT")
+        answer = (
+            alice.post(f"/api/outbox/{outbox(alice)[0]['id']}/skip")
+            if way == "skip"
+            else api.post("/api/resolve", json={"subject_key": "s"})
+        )
+        assert answer.status_code == 200 and outbox(alice) == []
+        with pytest.raises(psycopg.errors.SerializationFailure):
+            late.execute(
+                app.QUERIES["claim_messages"].text,
+                service.service.worker.db.bound | {"room": 9, "busy": "{}"},
+            )
+    sql("UPDATE outbox SET available_at = now()")
+    eventually(lambda: sql("SELECT state FROM outbox") == [("void",)])
 
 
 def test_resolving_takes_items_out_of_what_waits(

@@ -223,7 +223,7 @@ def test_what_the_push_service_answers_decides(
 ) -> None:
     subscription = pushbox.subscription()
     pushbox.script("/push/1", answer)
-    config = outbound_settings(tmp_path, channel_timeout_seconds=0.5)
+    config = outbound_settings(tmp_path, channel_timeout_seconds=1.5)
     [result] = deliver(config, outgoing("push", subscription.address()))
     assert (result.verdict, result.retry_after) == outcome
     assert len(pushbox.requests) == 1
