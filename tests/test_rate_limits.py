@@ -287,3 +287,25 @@ def test_the_answer_tells_when_each_message_leaves(
     [delivery] = told["deliveries"]
     assert delivery["status"] == "queued"
     assert re.search(r":00(\.0+)?(Z|\+00:00)$", delivery["available_at"])
+
+
+def test_a_digest_that_is_folded_takes_along_what_was_skipped_in_it(
+    mail_to_alice: None, burst: Any, alice: httpx.Client, sql: Sql, drain: Callable[[], None]
+) -> None:
+    """Else its record would name a message that is gone, and outlive it."""
+    burst(5)
+    drain()
+    [skipped] = burst(1, batch_key="k")
+    [waiting] = alice.get("/api/outbox").json()["outbox"]
+    assert alice.post(f"/api/outbox/{waiting['id']}/skip").status_code == 200
+    burst(1, batch_key="k")
+    sql("UPDATE outbox SET available_at = now() WHERE digest = 'key:k'")
+    drain()
+    assert sql("SELECT digest FROM outbox WHERE state = 'open'") == [("overflow",)]
+    carried = sql(
+        "SELECT d.status FROM deliveries d JOIN outbox o ON o.user_id = d.user_id AND o.id = d.message_id"
+        " WHERE o.digest = 'overflow' ORDER BY 1"
+    )
+    assert carried == [("cancelled",), ("queued",)]
+    [told] = alice.get(f"/api/notifications/{skipped}").json()["deliveries"]
+    assert told["status"] == "cancelled"
