@@ -30,6 +30,7 @@ import itertools
 import logging
 import os
 import pwd
+import random
 import re
 import shutil
 import signal
@@ -341,6 +342,7 @@ def body(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
 
 Endpoint = body("Endpoint", NODEFAULT, endpoint=Annotated[str, Meta(max_length=2000)])
 Subject = body("Subject", NODEFAULT, subject_key=Key)
+LoginRequest = body("LoginRequest", NODEFAULT, token=Annotated[str, look(r"[^\0]*", "must be a token", 8000)])
 RetryRequest = body("RetryRequest", None, channel=Channel)
 WebhookPatch = body(
     "WebhookPatch", url=HttpUrl, events=EventNames, min_severity=Severity, user_id=UserId | None, enabled=bool
@@ -380,10 +382,6 @@ class TokenRequest(Body):
     minutes: Annotated[int, Meta(ge=1, le=1440)] = 60
 
 
-class LoginRequest(Body):
-    token: Annotated[str, look(r"[^\x00]*", "must be a token", 8000)]
-
-
 class KeyCreate(Body):
     name: Annotated[str, Meta(min_length=1, max_length=100)]
     scope: Literal["send", "admin"] = "send"
@@ -398,31 +396,29 @@ class WebhookCreate(Body):
 
 def make_item(user_id: str, asked: NotificationCreate, header_key: str | None = None) -> dict[str, Any]:
     """One notification for one user, for create_notifications.sql, which can make a key of the resource."""
-    key = asked.idempotency_key or header_key
-    own = {"user_id": user_id, "user_ids": None, "idempotency_key": key, "deliver_at": None}
     redacted = not asked.private and looks_secret(asked.summary or asked.title)
-    return {"id": new_id(), "asked": msgspec.structs.replace(asked, **own), "redacted": redacted}
+    key = asked.idempotency_key or header_key
+    return {"id": new_id(), "user_id": user_id, "key": key, "asked": asked, "redacted": redacted}
 
 
-def new_id() -> UUID:
+def new_id() -> str:
     """A UUIDv7: 48 bits of milliseconds, 12 bits of their fraction, 62 random bits."""
-    milliseconds, fraction = divmod(time.time_ns(), 1_000_000)
-    random = int.from_bytes(os.urandom(8), "big") >> 2
-    return UUID(int=milliseconds << 80 | 0x7 << 76 | (fraction * 4096 // 1_000_000) << 64 | 2 << 62 | random)
+    ticks, chance = time.time_ns() * 4096 // 1_000_000, random.getrandbits(62) | 1 << 63
+    return f"{ticks >> 12:012x}7{ticks & 4095:03x}{chance:016x}"
 
 
 JSON = "application/json"
+Headers = dict[str, str]
 PRIVATE = {"Cache-Control": "no-store"}
+as_sent = functools.lru_cache(500)(lambda name, value: (name.lower().encode(), value.encode()))
 
 
 class Reply:
     """An answer: JSON that nobody keeps, if not told otherwise."""
 
-    def __init__(
-        self, content: Any, status: int = 200, headers: Mapping[str, str] = PRIVATE, media: str = JSON
-    ) -> None:
+    def __init__(self, content: Any, status: int = 200, also: Headers = PRIVATE, media: str = JSON) -> None:
         self.status, self.body = status, b""
-        self.headers = {**headers, "X-Content-Type-Options": "nosniff"}
+        self.headers = {**also, "X-Content-Type-Options": "nosniff"}
         if content is not None:
             self.body = content if isinstance(content, bytes) else msgspec.json.encode(content)
             self.headers["Content-Type"] = media
@@ -430,7 +426,7 @@ class Reply:
             self.headers["Content-Length"] = str(len(self.body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
+        headers = [as_sent(*header) for header in self.headers.items()]
         await send({"type": "http.response.start", "status": cast("Any", self.status), "headers": headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": False})
 
@@ -691,8 +687,7 @@ class Gatekeeper:
         keys = {kind: derive(settings.secret, kind) for kind in ("session", "link", "unsubscribe")}
         keys["user"] = settings.secret.encode()
         # A kind of token has its key, the one algorithm that goes with that, and its audience.
-        self.kinds: dict[str, tuple[Any, str, str | None]]
-        self.kinds = {kind: (key, "HS256", None) for kind, key in keys.items()}
+        self.kinds: dict[str, Any] = {kind: (key, "HS256", None) for kind, key in keys.items()}
         if provider := load_public_key(settings.jwt_public_key):
             self.kinds["provider"] = (*provider, settings.jwt_audience or None)
         # One look a second is enough, however many wait for it.
@@ -700,22 +695,22 @@ class Gatekeeper:
 
     async def identify(self, ask: Ask) -> Caller:
         """The caller of a request, or 401; 403 when a browser proves it at another site's wish."""
-        headers, settings = ask.headers, self.settings
-        if authorization := headers.get("authorization"):
+        settings = self.settings
+        if authorization := ask.header("authorization"):
             kind, _, proof = authorization.partition(" ")
             if kind.lower() != "bearer":
                 raise Problem("unauthorized")
             return await asyncio.shield(self.look(proof, int(time.monotonic())))
-        demo = settings.demo and headers.get("x-demo-user-id")
+        demo = settings.demo and ask.header("x-demo-user-id")
         client = ask.scope.get("client")  # the proxy's header counts from its own addresses only
         near = client and any(ipaddress.ip_address(client[0]) in each for each in settings.proxy_addresses)
-        proxy = near and headers.get(settings.proxy_user_header.lower())
+        proxy = near and ask.header(settings.proxy_user_header.lower())
         if proxy and not demo:
             refuse_other_sites(ask, strict=False)
         if name := demo or proxy:
             user = user_name(name.encode("latin-1"))
             return Caller("demo" if demo else "user", user, admin=user in settings.admins)
-        cookie = re.search(rf"(?:^|;) *{COOKIE}=([^;]*)", headers.get("cookie", ""))
+        cookie = re.search(rf"(?:^|;) *{COOKIE}=([^;]*)", ask.header("cookie"))
         _, user, claims = self.read_token(cookie[1].strip() if cookie else "", "session")
         refuse_other_sites(ask, strict=True)
         trust = claims.get("trust")
@@ -767,11 +762,11 @@ def refuse_other_sites(ask: Ask, strict: bool) -> None:
     """A change a browser's cookie proves must come from our own pages; strict: and say so."""
     if ask.scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return
-    site, origin = ask.headers.get("sec-fetch-site"), ask.headers.get("origin")
-    own = (ask.bell.settings.base_url, f"{ask.scope['scheme']}://{ask.headers.get('host', '')}")
+    site, origin = ask.header("sec-fetch-site"), ask.header("origin")
+    own = (ask.bell.settings.base_url, f"{ask.scope['scheme']}://{ask.header('host')}")
     if site != "same-origin" if site else origin not in own if origin else strict:
         raise Problem("cross_site")
-    if strict and not is_json(ask.headers.get("content-type", "")):
+    if strict and not is_json(ask.header("content-type")):
         raise Problem("unsupported_media_type")
 
 
@@ -834,17 +829,13 @@ def snake_keys(body: bytes | Raw, place: str = "") -> Raw:
 
 def make_items(by: Caller, asked: NotificationCreate, key: str | None = None) -> list[dict[str, Any]]:
     """An item for each recipient: a demo user itself, otherwise whom the program names, twice if it does."""
-    match by.kind, asked.user_id, asked.user_ids:
-        case "demo", None, None:
-            users = [by.user_id]
-        case "demo", _, _:
-            raise Problem("invalid", "A demo user writes to itself only", "user_id")
-        case _, str(user), None:
-            users = [user]
-        case _, None, [*users]:
-            pass
-        case _:
-            raise Problem("invalid", "Expected one recipient", "user_id")
+    named = (asked.user_id is not None) + (asked.user_ids is not None)
+    if named != (by.kind != "demo"):
+        words = "A demo user writes to itself only" if by.kind == "demo" else "Expected one recipient"
+        raise Problem("invalid", words, "user_id")
+    if (users := asked.user_ids) is None:
+        return [make_item(asked.user_id or by.user_id, asked, key)]
+    asked = msgspec.structs.replace(asked, user_ids=None)  # a thousand names are not in each of a thousand
     items = {user: make_item(user, asked, key) for user in users}
     return [items[user] for user in users]
 
@@ -852,11 +843,10 @@ def make_items(by: Caller, asked: NotificationCreate, key: str | None = None) ->
 class Shared:
     """A statement that answers many requests at once, from its parameter `items`: a row an item."""
 
-    def __init__(
-        self, db: Db, name: str, kind: Kind, at_once: int, after: Callable[[list[Any]], None]
-    ) -> None:
+    def __init__(self, db: Db, name: str, kind: Kind, at_once: int, after: Callable[..., None]) -> None:
         self.db, self.name, self.kind, self.after = db, name, kind, after
         self.waiting: collections.deque[Waiting] = collections.deque()
+        self.before = 0  # requests in the last statement
         self.arrived = asyncio.Event()
         # Creates go one by one: two statements that open digests at once could deadlock.
         self.turn = asyncio.Semaphore(at_once)
@@ -878,14 +868,16 @@ class Shared:
         while self.waiting:
             await self.answer([], SHARED_ITEMS)
 
-    async def answer(self, requests: list[Waiting], room: int = 0) -> None:
-        """One statement for these, and `room` items that wait by then; if one spoils it, each by itself."""
+    async def answer(self, requests: list[Waiting], most: int = 0) -> None:
+        """One statement for these, or up to `most` that wait by then; if one spoils it, each by itself."""
         try:
             async with asyncio.timeout(PATIENCE), self.turn:
-                while self.waiting and room > 0:
-                    requests.append(self.waiting.popleft())
-                    room -= len(requests[-1][0])
                 items = [item for wanted, _ in requests for item in wanted]
+                # Not for all: PostgreSQL would rest while they are answered, and we while it works.
+                most = min(most, -(-(len(self.waiting) + self.before) // 2))
+                while self.waiting and len(requests) < most and len(items) < SHARED_ITEMS:
+                    requests.append(self.waiting.popleft())
+                    items += requests[-1][0]
                 rows = await self.db.many(self.name, self.kind, items=encode(items)) if items else []
         except Exception as error:
             if as_problem(error).code == "database_away":  # nobody waits for it twice
@@ -900,6 +892,7 @@ class Shared:
                 if not done.done():
                     done.set_exception(error)
             return
+        self.before = len(requests)
         if self.waiting:  # their statement is sent first: PostgreSQL works while we answer
             asyncio.get_running_loop().call_soon(self.hand_out, requests, rows)
         else:
@@ -1483,8 +1476,11 @@ class Ask:
 
     def __init__(self, bell: Service, scope: Any, receive: Receive) -> None:
         self.bell, self.scope, self.receive = bell, scope, receive
-        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.user = Caller("nobody")
+
+    def header(self, name: str) -> str:
+        return self.headers.get(name.encode(), b"").decode("latin-1")
 
     @property
     def mine(self) -> Db:
@@ -1515,7 +1511,7 @@ class Ask:
 
     async def body(self, at_most: int = BODY_BYTES) -> bytes:
         """The raw body, no longer than this."""
-        body, more, size = b"", True, int(self.headers.get("content-length", "0"))
+        body, more, size = b"", True, int(self.headers.get(b"content-length", 0))
         while more and max(size, len(body)) <= at_most:
             message: Any = await self.receive()
             if message["type"] == "http.disconnect":
@@ -1531,17 +1527,17 @@ class Ask:
         if self.scope["method"] in ("GET", "HEAD"):
             return msgspec.convert(self.query, kind, strict=False)
         body = await self.body(BATCH_BYTES if kind is Batch else BODY_BYTES)
-        if body and not is_json(self.headers.get("content-type", "")):
+        if body and not is_json(self.header("content-type")):
             raise Problem("unsupported_media_type")
         return decode_body(body or (b"{}" if kind in MAY_BE_EMPTY else b"null"), kind)
 
 
 def header_key(ask: Ask) -> str | None:
     """The Idempotency-Key header, within the bounds of a key."""
-    key = ask.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key := key.encode("latin-1").decode()) <= 255:
+    key = ask.headers.get(b"idempotency-key")
+    if key is not None and not 1 <= len(key.decode()) <= 255:
         raise Problem("invalid", "Expected 1 to 255 characters", "Idempotency-Key")
-    return key
+    return key.decode() if key else None
 
 
 def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -1556,7 +1552,8 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise Problem("invalid", "Expected a single user_id with it", "deliver_at")
-        kept = {"payload": encode(items[0]["asked"]), "due_at": asked.deliver_at}
+        own = {"user_id": items[0]["user_id"], "idempotency_key": items[0]["key"], "deliver_at": None}
+        kept = {"payload": encode(msgspec.structs.replace(asked, **own)), "due_at": asked.deliver_at}
         return Reply(await ask.mine.one("create_scheduled", **kept), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
@@ -1584,7 +1581,7 @@ async def list_notifications(ask: Ask, wanted: InboxWanted) -> Reply:
     content = (await ask.bell.lists.ask([item]))[0]
     tag = f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"'
     headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
-    known = ask.headers.get("if-none-match", "")
+    known = ask.header("if-none-match")
     if tag in known or known.strip() == "*":
         return Reply(None, 304, headers)
     return Reply(content, 200, headers)
@@ -1635,7 +1632,7 @@ async def delete_key(ask: Ask) -> None:
 async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
     address = plain(await ask.mine.one("get_webhook", **ask.path))["address"]
-    ping, now = new_id(), datetime.now(UTC)
+    ping, now = UUID(new_id()), datetime.now(UTC)
     message = Outgoing(ping, "", ping, 0, "webhook", "", "en", now, address, 1, "bellhop.ping", [])
     return await ask.bell.outbound.send(message)
 
@@ -1685,7 +1682,7 @@ FILES_VERSION = hashlib.blake2b(b"".join(FILES.values()), digest_size=6).hexdige
 
 def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
     """A template in the reader's language."""
-    lang = language(f"{values.get('locale', '')},{ask.headers.get('accept-language', '')}")
+    lang = language(f"{values.get('locale', '')},{ask.header('accept-language')}")
     values |= {"lang": lang, "w": WORDS[lang], "status": status, "path": ask.here}
     values |= {"user_id": ask.user.user_id, "is_admin": ask.user.admin}
     text = TEMPLATES.get_template(f"{name}.html").render(values)
@@ -1737,7 +1734,7 @@ def session_cookie(settings: Settings, value: str, seconds: int) -> Reply:
     return Reply({"ok": True}, 200, PRIVATE | {"Set-Cookie": cookie})
 
 
-async def login(ask: Ask, given: LoginRequest) -> Reply:
+async def login(ask: Ask, given: Any) -> Reply:
     """Trade a token for the page's cookie."""
     refuse_other_sites(ask, strict=False)
     return session_cookie(ask.bell.settings, ask.bell.gate.start_session(given.token), SESSION_DAYS * 86400)
@@ -1830,6 +1827,9 @@ async def get_metrics(ask: Ask) -> Reply:
     for metric in METRICS.values():
         if isinstance(metric, prometheus_client.Gauge):
             metric.clear()
+    while ask.bell.answers:
+        route, times = ask.bell.answers.popitem()
+        METRICS["requests"].labels(*route).inc(times)
     for name, labels, value in rows:
         gauge = METRICS[name].labels(*labels) if labels else METRICS[name]
         gauge.set(value)
@@ -1988,6 +1988,7 @@ class Service:
             raise StartError(f"BELLHOP_SMTP_URL, BELLHOP_VAPID_… or BELLHOP_HOME is wrong: {error}") from None
         self.worker = Worker(settings, self.db, self.intake, self.outbound)
         self.pool_check: asyncio.Task[None] | None = None
+        self.answers = collections.Counter[tuple[str, int]]()  # by route, not by path: those are endless
 
     def after_store(self, rows: list[dict[str, Any]]) -> None:
         """Tell the inboxes that grew."""
@@ -2146,26 +2147,21 @@ async def answer(ask: Ask, route: Route) -> Any:
     return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
 
 
-# Counts answers by route, not by path, of which there are endless ones.
-answers = functools.cache(METRICS["requests"].labels)
-
-
 async def respond(service: Service, find: Any, scope: Any, receive: Receive, send: Send) -> None:
     """Run the route that Litestar's router finds: Litestar's own layers would add 13 µs to 82."""
     ask, template, fail = Ask(service, scope, receive), "", answer_error
     try:
         # A user's id stays quoted while its path is routed: a slash in it is no end of it.
         quoted = scope["path"].startswith("/api/users/")
-        path = normalize_path(scope["raw_path"].decode("latin-1") if quoted else scope["path"])
-        found = find(path=path, method=scope["method"])
-        run, scope["route_handler"], _, scope["path_params"], template = found
+        path = scope["raw_path"].decode("latin-1") if quoted else scope["path"]
+        run, scope["route_handler"], _, scope["path_params"], template = find(path, scope["method"])
         if (route := scope["route_handler"].opt.get("route")) is None:
             return await run(scope, receive, send)  # OPTIONS
         fail = route.fail
         reply: Any = await answer(ask, route)
     except Exception as error:
         reply = fail(ask, error)
-    answers(template, reply.status).inc()
+    service.answers[template, reply.status] += 1
     return await reply(scope, receive, send)
 
 
@@ -2173,26 +2169,29 @@ async def unused() -> None:
     """A handler for Litestar to route to; respond() is there before it is called."""
 
 
-def make_handler(route: Route) -> HTTPRouteHandler:
-    """A route as Litestar knows it. HEAD is GET, whose body uvicorn leaves out."""
-    methods: list[Method] = ["GET", "HEAD"] if route.method == "GET" else [route.method]
-    return HTTPRouteHandler(route.path, http_method=methods, opt={"route": route})(unused)
-
-
 def create_app(settings: Settings) -> Litestar:
     """The ASGI app; it needs a database_url and a secret."""
     service = Service(settings)
     allowed = ["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"]
     cors = CORSConfig(settings.cors_origins, allow_headers=allowed, expose_headers=["ETag", "Retry-After"])
+    heads: dict[Method, list[Method]] = {"GET": ["GET", "HEAD"]}  # uvicorn leaves the body out
     app = Litestar(
-        [make_handler(route) for route in ROUTES],
+        [
+            HTTPRouteHandler(each.path, http_method=heads.get(each.method, [each.method]), route=each)(unused)
+            for each in ROUTES
+        ],
         lifespan=[service.running],
         cors_config=cors if settings.cors_origins else None,
         openapi_config=None,
         logging_config=None,
     )
     app.state.service = service
-    answering = functools.partial(respond, service, app.asgi_router.handle_routing)
+
+    @functools.lru_cache(256)  # not more: a stranger's path may have 64 KB
+    def find(path: str, method: Method) -> Any:
+        return app.asgi_router.handle_routing(path=normalize_path(path), method=method)
+
+    answering = functools.partial(respond, service, find)
     if settings.cors_origins:  # Litestar's answer to other origins is its outermost layer
         cast("Any", app.asgi_handler).app = answering
     else:
@@ -2206,6 +2205,7 @@ class Corked:
 
     def __init__(self, transport: Any) -> None:
         self.transport, self.parts, self.loop = transport, list[bytes](), asyncio.get_running_loop()
+        self.is_closing = transport.is_closing  # asked for with every answer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)

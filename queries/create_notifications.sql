@@ -5,19 +5,19 @@ WITH item AS MATERIALIZED (
     -- ref names the row an item asks for: its key, or itself. The key is the caller's, or made of the resource,
     -- as a hash where it is long: an index entry holds 2,700 bytes, the user's id among them.
     SELECT i.n, (i.item ->> 'id')::uuid AS id, (i.item ->> 'intake')::uuid AS intake,
-           a.asked ->> 'user_id' AS user_id, a.asked ->> 'event_name' AS event_name, a.asked ->> 'title' AS title,
+           i.item ->> 'user_id' AS user_id, a.asked ->> 'event_name' AS event_name, a.asked ->> 'title' AS title,
            a.asked ->> 'body' AS body, a.asked ->> 'summary' AS summary, a.asked ->> 'target_url' AS target_url,
            coalesce(a.asked ->> 'severity', 'info') AS severity, coalesce(a.asked -> 'data', '{}') AS data,
            a.asked ->> 'batch_key' AS batch_key, a.asked ->> 'subject_key' AS subject_key,
            coalesce((a.asked ->> 'private')::boolean, false) AS private, (i.item ->> 'redacted')::boolean AS redacted,
-           k.key, coalesce('key ' || k.key, i.item ->> 'id') AS ref
+           k.key, coalesce('key ' || k.key, (i.item ->> 'id')::uuid::text) AS ref
     FROM jsonb_array_elements(%(items)s::jsonb) WITH ORDINALITY AS i (item, n)
     CROSS JOIN LATERAL (SELECT i.item -> 'asked' AS asked OFFSET 0) a
     CROSS JOIN LATERAL (
-        SELECT coalesce(a.asked ->> 'idempotency_key',
+        SELECT coalesce(i.item ->> 'key',
                         CASE WHEN octet_length(made.key) > 1500
                              THEN encode(sha256(convert_to(made.key, 'UTF8')), 'hex') ELSE made.key END) AS key
-        FROM (SELECT (a.asked ->> 'user_id') || ':' || (a.asked ->> 'event_name')
+        FROM (SELECT (i.item ->> 'user_id') || ':' || (a.asked ->> 'event_name')
                      || ':' || (a.asked ->> 'resource_id')) AS made (key)
     ) k
 ),
