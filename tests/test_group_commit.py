@@ -80,6 +80,7 @@ def test_nobody_waits_for_the_patience_of_another(
         service.call(intake.turn.acquire())
         asking.start()
         eventually(lambda: len(intake.waiting) == len(requests))
+        intake.before = len(requests)  # so that the next statement is for all of them
         service.loop.call_soon_threadsafe(intake.turn.release)
         asking.join()
         stranger.rollback()
@@ -168,3 +169,20 @@ def test_a_statement_that_lost_a_deadlock_is_run_again(
     assert [reply.json() for reply in replies] == [{"resolved": 2}]
     counted = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
     eventually(lambda: sql(counted) == [(1,)])
+
+
+def test_a_statement_takes_half_of_those_around(
+    serve: Callable[..., Running], make_key: Callable[[str], str]
+) -> None:
+    """PostgreSQL works on one half while the other is answered; nobody of eight waits for a third statement."""
+    service, key = serve(delivery_concurrency=0), make_key("send")
+    intake, sizes, replies = service.service.intake, list[int](), list[httpx.Response]()
+    intake.after = lambda rows: sizes.append(len(rows))
+    requests = [(service.url, "/api/notifications", json.dumps({**NOTE, "user_id": "alice"}))] * 8
+    asking = threading.Thread(target=lambda: replies.extend(at_once(requests, key)))
+    service.call(intake.turn.acquire())
+    asking.start()
+    eventually(lambda: len(intake.waiting) == len(requests))
+    service.loop.call_soon_threadsafe(intake.turn.release)
+    asking.join()
+    assert sizes == [4, 4] and {reply.status_code for reply in replies} == {201}

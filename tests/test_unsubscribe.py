@@ -127,6 +127,13 @@ def test_a_link_that_was_not_signed_here_changes_nothing(
     assert contents() == before
 
 
+def test_the_longest_link_works_and_a_longer_path_leads_nowhere(service: Running) -> None:
+    claims = {"sub": "\N{OWL}" * 200, "event": "\N{OWL}" * 120}
+    token = app.jwt.encode(claims, app.derive(service.service.settings.secret, "unsubscribe"), "HS256")
+    assert "\N{OWL}" * 120 in httpx.get(f"{service.url}/unsubscribe/{token}").text
+    assert httpx.get(f"{service.url}/unsubscribe/{'x' * app.PATH_LENGTH}").status_code == 404
+
+
 def test_a_link_is_worthless_anywhere_else(link: str, service: Running) -> None:
     token = link.rpartition("/")[2]
     assert (
