@@ -89,20 +89,10 @@ log = logging.getLogger("bellhop")
 # ═══ 1 · Settings ═════════════════════════════════════════════════════════════════════════════
 # Everything comes from the environment, is checked once at the start and never changes afterwards.
 
-HINTS: dict[str, str] = {}  # what a pattern means, for those who did not meet it
-
-
-def look(pattern: str, hint: str, longest: int | None = None) -> Meta:
-    """How a whole text must look, and the words for it."""
-    whole = rf"^{pattern}$(?!\n)"
-    HINTS[repr(whole)] = hint
-    return Meta(pattern=whole, max_length=longest)
-
-
+LOOKS: dict[str, Any] = msgspec.toml.decode((HERE / "templates/looks.toml").read_bytes())
+HINTS = {repr(look["pattern"]): look.pop("hint") for look in LOOKS.values()}  # what to say of a text
 Count = Annotated[int, Meta(ge=0, le=10**6)]  # SQL must hold it, as days before today too
 Seconds = Annotated[float, Meta(gt=0, le=10**9)]
-MAIL_FROM = look(r"([^@\s<>]+@[^@\s<>]+|[^<>\r\n]*<[^@\s<>]+@[^@\s<>]+>)", "an address is expected")
-VAPID_KEY = look(r"\s*(-----BEGIN[^\0]*|[\w-]{43}=?\s*)", "must be a PEM private key or 32 base64url bytes")
 LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|(0*:)+0*1")
 LISTS = ("BELLHOP_ADMINS", "BELLHOP_CORS_ORIGINS", "BELLHOP_PROXY_ADDRESSES", "BELLHOP_OUTBOUND_ALLOW")
 
@@ -118,11 +108,11 @@ class Settings(Struct, frozen=True, kw_only=True, rename=lambda field: f"BELLHOP
     home: str = "/var/lib/bellhop" if os.geteuid() == 0 else "~/.local/share/bellhop"
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    base_url: Annotated[str, look(r"(https?://[^/?#\s]+[^?#\s]*)?", "http(s)://host is expected")] = ""
+    base_url: Annotated[str, Meta(**LOOKS["base_url"])] = ""
     secret: str = ""
     demo: bool = False
     admins: list[str] = []
-    cors_origins: list[Annotated[str, look(r"https?://[^/?#*\s]+", "http(s)://host is expected")]] = []
+    cors_origins: list[Annotated[str, Meta(**LOOKS["origin"])]] = []
     jwt_public_key: str = ""
     jwt_audience: str = ""
     proxy_user_header: str = ""
@@ -137,10 +127,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=lambda field: f"BELLHOP
     push_per_minute: Count = 20
     webhook_per_minute: Count = 60
     channel_timeout_seconds: Seconds = 25
-    smtp_url: Annotated[str, look(r"smtps?://\S+", "smtp://host:587 or smtps://host:465 is expected")] = ""
-    mail_from: Annotated[str, MAIL_FROM] = ""
-    vapid_subject: Annotated[str, look(r"(mailto:|https://)\S+", "mailto: or https:// is expected")] = ""
-    vapid_private_key: Annotated[str, VAPID_KEY] = ""
+    smtp_url: Annotated[str, Meta(**LOOKS["smtp_url"])] = ""
+    mail_from: Annotated[str, Meta(**LOOKS["mail_from"])] = ""
+    vapid_subject: Annotated[str, Meta(**LOOKS["vapid_subject"])] = ""
+    vapid_private_key: Annotated[str, Meta(**LOOKS["vapid_key"])] = ""
     outbound_allow: list[Container[Any]] = []  # networks
     retention_days: Count = 90
     pool_size: Annotated[int, Meta(ge=2, le=10**6)] = 10
@@ -244,18 +234,13 @@ Key = Annotated[str, Meta(min_length=1, max_length=255)]
 Severity = Literal["info", "success", "warning", "critical"]
 Channel = Literal["email", "push", "webhook"]
 Limit = Annotated[int, Meta(ge=1, le=100)]
-HttpUrl = Annotated[str, look(r"https?://[^\s/?#@\\]+(?:[/?][^\s\\]*)?", "must be https://host…", 2000)]
-PushUrl = Annotated[str, look(r"https?://[^\s/?#@\\]+/[^\s\\]*", "must be https://host/…", 2000)]
-# No user info, no backslash, no white space or control character; a path has one leading slash.
-WEB_URL = r"[hH][tT][tT][pP][sS]?://(?:[^\s\x00-\x20\x7f/\\?#@:\[\]]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?"
-TARGET = rf"(?:{WEB_URL}(?:[/?#][^\s\x00-\x20\x7f\\]*)?|/(?![/\\])[^\s\x00-\x20\x7f\\]*)"
-TargetUrl = Annotated[str, look(TARGET, "must be http(s)://host… or a path that starts with one /", 2000)]
-MAIL_ADDRESS = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}"  # what every server takes
-EmailAddress = Annotated[str, look(MAIL_ADDRESS, "must be an e-mail address", 254)]
-Clock = Annotated[str, look(r"([01]\d|2[0-3]):[0-5]\d", "must be a time such as 22:00")]
-LOCALE = r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*"
-Locale = Annotated[str, look(LOCALE, "must be a language such as en or pt-BR", 35)]
-TimeZone = Annotated[str, look(r"[A-Za-z][A-Za-z0-9_+\-/]*", "must be a time zone such as Europe/Berlin", 64)]
+HttpUrl = Annotated[str, Meta(**LOOKS["http_url"])]
+PushUrl = Annotated[str, Meta(**LOOKS["push_url"])]
+TargetUrl = Annotated[str, Meta(**LOOKS["target_url"])]
+EmailAddress = Annotated[str, Meta(**LOOKS["email"])]
+Clock = Annotated[str, Meta(**LOOKS["clock"])]
+Locale = Annotated[str, Meta(**LOOKS["locale"])]
+TimeZone = Annotated[str, Meta(**LOOKS["time_zone"])]
 HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")  # PostgreSQL writes all digits out
 
 
@@ -342,7 +327,7 @@ def body(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
 
 Endpoint = body("Endpoint", NODEFAULT, endpoint=Annotated[str, Meta(max_length=2000)])
 Subject = body("Subject", NODEFAULT, subject_key=Key)
-LoginRequest = body("LoginRequest", NODEFAULT, token=Annotated[str, look(r"[^\0]*", "must be a token", 8000)])
+LoginRequest = body("LoginRequest", NODEFAULT, token=Annotated[str, Meta(**LOOKS["token"])])
 RetryRequest = body("RetryRequest", None, channel=Channel)
 WebhookPatch = body(
     "WebhookPatch", url=HttpUrl, events=EventNames, min_severity=Severity, user_id=UserId | None, enabled=bool
@@ -1132,7 +1117,7 @@ class Outbound:
         """Its connection serves the next mail when all went well; without one, the fault is the server's."""
         address = message.address["email"]
         client = None
-        if not re.fullmatch(MAIL_ADDRESS, address):
+        if not re.match(LOOKS["email"]["pattern"], address):
             return Outcome("bounced", "not an e-mail address")
         try:
             raw = self.compose(message)
