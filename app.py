@@ -285,12 +285,6 @@ class Batch(Body):
     notifications: Annotated[list[BatchItem], Meta(min_length=1, max_length=1000)]
 
 
-class MarkRead(Body):
-    notification_id: UUID | None = None
-    all: bool | None = None
-    before: UUID | None = None
-
-
 class InboxWanted(Struct):
     """What GET /api/notifications may be asked for."""
 
@@ -320,15 +314,16 @@ class NotificationPatch(Body):
 
 def body(name: str, default: Any = UNSET, /, **fields: Any) -> type[Struct]:
     """A body; with a default its fields may be left out. UNSET tells that from null, which clears a field."""
-    kinds = fields.values() if default is NODEFAULT else [kind | type(default) for kind in fields.values()]
-    given = [(field, kind, default) for field, kind in zip(fields, kinds, strict=True)]
+    given = [(field, kind, default) for field, kind in fields.items()]
     return msgspec.defstruct(name, given, bases=(Body,), module=__name__)
 
 
 Endpoint = body("Endpoint", NODEFAULT, endpoint=Annotated[str, Meta(max_length=2000)])
 Subject = body("Subject", NODEFAULT, subject_key=Key)
 LoginRequest = body("LoginRequest", NODEFAULT, token=Annotated[str, Meta(**LOOKS["token"])])
-RetryRequest = body("RetryRequest", None, channel=Channel)
+TokenRequest = body("TokenRequest", 60, minutes=Annotated[int, Meta(ge=1, le=1440)])
+MarkRead = body("MarkRead", None, notification_id=UUID | None, all=bool | None, before=UUID | None)
+RetryRequest = body("RetryRequest", None, channel=Channel | None)
 WebhookPatch = body(
     "WebhookPatch", url=HttpUrl, events=EventNames, min_severity=Severity, user_id=UserId | None, enabled=bool
 )
@@ -361,10 +356,6 @@ class PushKeys(Struct):
 class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
     endpoint: PushUrl
     keys: PushKeys
-
-
-class TokenRequest(Body):
-    minutes: Annotated[int, Meta(ge=1, le=1440)] = 60
 
 
 class KeyCreate(Body):
@@ -1573,12 +1564,12 @@ async def list_notifications(ask: Ask, wanted: InboxWanted) -> Reply:
     return Reply(content, 200, headers)
 
 
-async def mark_notifications(ask: Ask, wanted: MarkRead) -> Any:
+async def mark_notifications(ask: Ask, wanted: Any) -> Any:
     """Mark one notification read, or all up to and including `before`."""
-    match wanted:
-        case MarkRead(UUID() as id, None, None):
+    match wanted.notification_id, wanted.all, wanted.before:
+        case UUID() as id, None, None:
             return await ask.mine.one("update_notification", id=id, read=True, archived=None)
-        case MarkRead(None, True, before):
+        case None, True, before:
             return await ask.mine.one("update_all_notifications", before=before)
     raise Problem("invalid", 'Expected either {"notification_id": id} or {"all": true, "before": id?}', "all")
 
@@ -1601,7 +1592,7 @@ async def create_push_subscription(ask: Ask, wanted: PushSubscription) -> Reply:
     return Reply({"id": row["id"]}, 201 if row["added"] else 200)
 
 
-async def create_user_token(ask: Ask, wanted: TokenRequest) -> Any:
+async def create_user_token(ask: Ask, wanted: Any) -> Any:
     """A user token: HS256, `sub` is the user."""
     life = timedelta(minutes=wanted.minutes)
     by = "admin" if ask.user.admin else "sender"
