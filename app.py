@@ -468,11 +468,6 @@ def encode(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def plain(value: Any) -> Any:
-    """An answer of the API as the lists and dicts a template reads."""
-    return msgspec.json.decode(msgspec.json.encode(value))
-
-
 class Query:
     """One statement of queries/ and its parameters."""
 
@@ -1608,7 +1603,7 @@ async def delete_key(ask: Ask) -> None:
 
 async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
-    address = plain(await ask.mine.one("get_webhook", **ask.path))["address"]
+    address = msgspec.json.decode((await ask.mine.one("get_webhook", **ask.path))["address"])
     ping, now = UUID(new_id()), datetime.now(UTC)
     message = Outgoing(ping, "", ping, 0, "webhook", "", "en", now, address, 1, "bellhop.ping", [])
     return await ask.bell.outbound.send(message)
@@ -1698,7 +1693,7 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
         db = ask.mine.bind(**failed, **ask.path, items=items)
         row: dict[str, Any] = {"push_key": ask.bell.outbound.public_key}
         for told in await asyncio.gather(*(db.one(name) for name in names)):
-            row |= plain(told.get("answer", told))
+            row |= msgspec.json.decode(encode(told.get("answer", told)))  # as a template reads it
         return show_page(ask, template, **row)
 
     return Route("GET", path, by, show, fail=show_error)
@@ -2332,7 +2327,7 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
                 return (await db.one("create_api_key", **args, only_first=False))["secret"]
             case "list":
                 line = "{id}  {name}  {scope}  created {created_at}  last used {last_used_at}"
-                keys = plain(await db.one("list_api_keys"))["keys"]
+                keys = msgspec.json.decode((await db.one("list_api_keys"))["keys"])
                 return "\n".join(line.format(**key) for key in keys)
             case "revoke":
                 await db.one("delete_api_key", **args)
