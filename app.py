@@ -888,7 +888,7 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 HINT, TOKEN, DIGITS, CARD = (
     re.compile(shape, re.VERBOSE) for shape in (HERE / "templates/secrets.txt").read_text().split("\n\n")
 )
-HEADERS = msgspec.json.decode((HERE / "templates/messages/headers.json").read_bytes())  # of each channel
+CHANNELS = msgspec.json.decode((HERE / "templates/messages/channels.json").read_bytes())
 WORDS: dict[str, dict[str, str]] = {
     path.stem: msgspec.json.decode(path.read_bytes()) for path in (HERE / "templates").glob("words/*.json")
 }
@@ -902,8 +902,6 @@ MAIL_IDLE = 30  # seconds; servers hang up after a minute or more: be gone befor
 MAIL_POLICY = SMTP_POLICY.clone(max_line_length=998, cte_type="7bit")  # folding breaks List-Unsubscribe
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 UNICAST6 = ipaddress.ip_network("2000::/3")  # all of IPv6 that is handed out; Python calls more of it global
-URGENCY = {"critical": "high", "warning": "normal", "success": "low", "info": "low"}
-STATUSES = {"push": {404: "gone", 410: "gone", 413: "dead"}, "webhook": {410: "gone"}}
 VAPID_SECONDS = 21_600  # a token is used for one such period and good for two; more than 24 h is refused
 
 
@@ -1088,7 +1086,7 @@ class Outbound:
         claims = {"sub": message.user_id, "event": message.event_name}
         told["token"] = jwt.encode(claims, derive(self.settings.secret, "unsubscribe"), "HS256")
         told["subject"] = told["title"].replace("=?", "= ?")  # Python would decode it, newlines included
-        for name, value in HEADERS["email"].items():
+        for name, value in CHANNELS["email"]["headers"].items():
             mail[name] = value.format(**told)
         kind = "messages/" + ("single" if message.total == 1 else "digest")
         mail.set_content(TEMPLATES.get_template(f"{kind}.txt").render(told))
@@ -1150,7 +1148,7 @@ class Outbound:
         told |= {"vapid": vapid_header(self.vapid, subject, origin, period), "topic": message.id.hex}
         if message.folded:
             told["topic"] = derive(self.settings.secret, f"overflow of {message.user_id}").hex()[:32]
-        told["urgency"] = URGENCY[message.lines[0].severity]
+        told["urgency"] = CHANNELS["push"]["urgency"][message.lines[0].severity]
         return await self._post(address["endpoint"], body, told)
 
     async def send_webhook(self, message: Outgoing) -> Outcome:
@@ -1167,8 +1165,8 @@ class Outbound:
 
     async def _post(self, url: str, body: bytes, told: dict[str, Any]) -> Outcome:
         """One POST without redirects."""
-        channel, words = told["message"].channel, b""
-        headers = {name: value.format(**told) for name, value in HEADERS[channel].items()}
+        channel, words = CHANNELS[told["message"].channel], b""
+        headers = {name: value.format(**told) for name, value in channel["headers"].items()}
         try:
             target = URL(url)
             if target.scheme not in self.sessions or target.user or target.password:
@@ -1180,8 +1178,8 @@ class Outbound:
                 with contextlib.suppress(TimeoutError, aiohttp.ClientError):
                     async with asyncio.timeout(self.seconds / 5):  # no verdict hangs on an error's words
                         words = await answer.content.read(1_000)
-                again = answer.status in (408, 425, 429) or answer.status >= 500
-                verdict = STATUSES[channel].get(answer.status, "retry" if again else "refused")
+                usual = "retry" if answer.status >= 500 else "refused"
+                verdict = channel["verdicts"].get(str(answer.status), usual)
                 error = f"{answer.status} {words.decode('utf-8', 'replace')}"
                 return Outcome(verdict, error, retry_after(answer.headers.get("Retry-After", "")))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
