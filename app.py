@@ -74,7 +74,6 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
 from litestar.utils import normalize_path
 from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct, UnsetType
-from psycopg import AsyncRawCursor
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
@@ -530,7 +529,7 @@ class Db:
         try:
             preview = self.bound.get("rollback")
             async with connection.transaction(force_rollback=True) if preview else contextlib.nullcontext():
-                cursor = AsyncRawCursor(connection, row_factory=args_row(kind) if kind else dict_row)
+                cursor = psycopg.AsyncRawCursor(connection, row_factory=args_row(kind) if kind else dict_row)
                 await cursor.execute(query.numbered, values, binary=True)
             return await cursor.fetchall() if cursor.description else [cursor.rowcount]
         finally:
@@ -561,10 +560,8 @@ async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
 # ═══ 4 · Errors ═══════════════════════════════════════════════════════════════════════════════
 # One shape for every failure (RFC 9457), one table of codes, one function from exception to answer.
 
-PROBLEMS, BY_CONSTRAINT = msgspec.json.decode(  # by code, status and title; by constraint, words and field
-    (HERE / "templates/problems.json").read_bytes(),
-    type=tuple[dict[str, tuple[int, str]], dict[str, tuple[str, str]]],
-)
+# By code, status and title; by constraint or SQLSTATE, words and field.
+PROBLEMS, BY_CONSTRAINT = msgspec.json.decode((HERE / "templates/problems.json").read_bytes())
 BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}  # the first of each
 HEADERS_BESIDE = {"unauthorized": {"WWW-Authenticate": "Bearer"}, "database_away": {"Retry-After": "2"}}
 
