@@ -114,7 +114,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=lambda field: f"BELLHOP
     cors_origins: list[Annotated[str, Meta(**LOOKS["origin"])]] = []
     jwt_public_key: str = ""
     jwt_audience: str = ""
-    proxy_user_header: str = ""
+    proxy_user_header: Annotated[str, Meta(**LOOKS["header"])] = ""
     proxy_addresses: list[Container[Any]] = []  # networks
     delivery_concurrency: Count = 16
     lease_seconds: Seconds = 60
@@ -240,6 +240,7 @@ EmailAddress = Annotated[str, Meta(**LOOKS["email"])]
 Clock = Annotated[str, Meta(**LOOKS["clock"])]
 Locale = Annotated[str, Meta(**LOOKS["locale"])]
 TimeZone = Annotated[str, Meta(**LOOKS["time_zone"])]
+EXPONENT = re.compile(rb"[eE][+-]?(\d+)")
 HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")  # PostgreSQL writes all digits out
 
 
@@ -268,8 +269,13 @@ class NotificationCreate(Struct, frozen=True, forbid_unknown_fields=True, omit_d
         data = bytes(self.data)
         if not data.startswith(b"{") or len(data) > 16 * 1024:
             raise Problem("invalid", "Expected `object` of at most 16 KB", "data")
-        if len(data) > 2 and HUGE_NUMBER.search(re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data)):
+        if len(data) == 2:
+            return
+        numbers = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data)
+        if HUGE_NUMBER.search(numbers):
             raise Problem("invalid", "Expected numbers below 1e400", "data")
+        if len(data) + sum(map(int, EXPONENT.findall(numbers))) > 16 * 1024:
+            raise Problem("invalid", "Expected at most 16 KB with all digits written out", "data")
 
 
 class BatchItem(NotificationCreate, frozen=True, kw_only=True):
@@ -458,6 +464,7 @@ class Outcome(Struct, gc=False):
 # One statement a file; its columns are the fields of the answer. Db refuses unknown parameters.
 
 PATIENCE = 2.5  # seconds; a database that hangs is answered like one that is away
+LONG_PATIENCE = 30.0  # for a statement about all that a user has, or about many messages
 NO_TARGET = UUID(int=0)
 set_json_loads(lambda data: Raw(bytes(cast("bytes", data))))
 
@@ -764,6 +771,8 @@ def decode_body(body: bytes, kind: Any) -> Any:
     """JSON as `kind`; field names may also be written in camelCase."""
     if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
         refuse_deep(body)
+    if b"\\u0000" in body:
+        refuse_nul(msgspec.json.decode(body))
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:
@@ -778,13 +787,30 @@ def refuse_deep(body: bytes) -> None:
         raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
 
 
+def refuse_nul(value: Any, place: str = "") -> None:
+    """400 for NUL in any text, which PostgreSQL cannot hold."""
+    if isinstance(value, str) and "\0" in value:
+        raise Problem("invalid", "Expected text without NUL", place)
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            refuse_nul(item, f"{place}[{index}]")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            refuse_nul([name], place)
+            refuse_nul(item, f"{place}.{name}".lstrip("."))
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
+
+
 def snake_keys(body: bytes | Raw, place: str = "") -> Raw:
     """The same JSON object with its field names in snake_case, those of notifications included."""
     renamed: dict[str, Any] = {}
     if not bytes(body).lstrip().startswith(b"{"):
         return Raw(bytes(body))  # refused by its type, which knows its place
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
-        snake = re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", key)
+        snake = snake_case(key)
         if snake in renamed:
             raise Problem("invalid", "Given twice", place + snake)
         many = snake == "notifications" and bytes(value).startswith(b"[")
@@ -795,16 +821,19 @@ def snake_keys(body: bytes | Raw, place: str = "") -> Raw:
 
 
 def make_items(by: Caller, asked: NotificationCreate, key: str | None = None) -> list[dict[str, Any]]:
-    """An item for each recipient: a demo user itself, otherwise whom the program names, twice if it does."""
+    """An item for each recipient: a demo user itself, otherwise whom the program names, twice if it does.
+    Many are told ids alone."""
     named = (asked.user_id is not None) + (asked.user_ids is not None)
     if named != (by.kind != "demo"):
         words = "A demo user writes to itself only" if by.kind == "demo" else "Expected one recipient"
         raise Problem("invalid", words, "user_id")
     if (users := asked.user_ids) is None:
         return [make_item(asked.user_id or by.user_id, asked, key)]
-    asked = msgspec.structs.replace(asked, user_ids=None)  # a thousand names are not in each of a thousand
-    items = {user: make_item(user, asked, key) for user in users}
-    return [items[user] for user in users]
+    asked = msgspec.structs.replace(asked, user_ids=None)
+    item, ids = make_item("", asked, key) | {"brief": True}, {user: new_id() for user in users}
+    # What is asked stands in the first; the others say how many are before them: it may be 24 KB.
+    others = [item | {"user_id": user, "id": ids[user], "asked": at} for at, user in enumerate(users)]
+    return [others[0] | {"asked": asked}, *others[1:]]
 
 
 class Shared:
@@ -815,6 +844,7 @@ class Shared:
         self.waiting: collections.deque[Waiting] = collections.deque()
         self.before = 0  # requests in the last statement
         self.arrived = asyncio.Event()
+        self.by_itself = set[asyncio.Task[None]]()
         # Creates go one by one: two statements that open digests at once could deadlock.
         self.turn = asyncio.Semaphore(at_once)
 
@@ -835,10 +865,10 @@ class Shared:
         while self.waiting:
             await self.answer([], SHARED_ITEMS)
 
-    async def answer(self, requests: list[Waiting], most: int = 0) -> None:
+    async def answer(self, requests: list[Waiting], most: int = 0, alone: bool = False) -> None:
         """One statement for these, or up to `most` that wait by then; if one spoils it, each by itself."""
         try:
-            async with asyncio.timeout(PATIENCE), self.turn:
+            async with asyncio.timeout(PATIENCE), contextlib.nullcontext() if alone else self.turn:
                 items = [item for wanted, _ in requests for item in wanted]
                 # Not for all: PostgreSQL would rest while they are answered, and we while it works.
                 most = min(most, -(-(len(self.waiting) + self.before) // 2))
@@ -849,13 +879,15 @@ class Shared:
                     return
                 rows = await self.db.many(self.name, self.kind, items=encode(items))
         except Exception as error:
-            if as_problem(error).code == "database_away":  # nobody waits for it twice
+            away = as_problem(error).code == "database_away"
+            if away and not isinstance(error, psycopg.errors.LockNotAvailable):  # nobody waits for it twice
                 requests = [*requests, *self.waiting]
                 self.waiting.clear()
-            elif len(requests) > 1:
-                self.waiting.extendleft(reversed(requests))
-                for _ in requests:
-                    await self.answer([], 1)
+            elif len(requests) > 1:  # at once: one of them may hang
+                tasks = [asyncio.create_task(self.answer([each], alone=True)) for each in requests]
+                self.by_itself.update(tasks)
+                for task in tasks:
+                    task.add_done_callback(self.by_itself.discard)
                 return
             for _, done in requests:
                 if not done.done():
@@ -1192,7 +1224,6 @@ class Outbound:
 # ═══ 8 · Worker ═══════════════════════════════════════════════════════════════════════════════
 # Claim many, look again, send, write down many. Between claim and finish no connection is held.
 
-WORKER_PATIENCE = 30.0  # seconds for a statement about many messages
 STOP_SECONDS = 8.0  # what is being sent may take this long when the process is told to stop
 PRUNE_SECONDS = 3600.0
 PRUNE_ROWS = 1000  # at a time, also of intake: no statement holds its locks for long
@@ -1209,7 +1240,7 @@ class Worker:
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.intake, self.outbound = settings, intake, outbound
         share, mail = -(-settings.delivery_concurrency // 4), bool(settings.smtp_url)
-        self.db = db.bind(share=share, mail=mail, patience=WORKER_PATIENCE)
+        self.db = db.bind(share=share, mail=mail, patience=LONG_PATIENCE)
         self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
@@ -1457,7 +1488,9 @@ class Ask:
 
     @property
     def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        text = self.scope["query_string"].decode("latin-1")
+        given = parse_qsl(text, keep_blank_values=True, errors="strict")
+        return {snake_case(name): value for name, value in given}
 
     @property
     def path(self) -> dict[str, Any]:
@@ -1466,8 +1499,8 @@ class Ask:
         if "user_id" not in named:
             return named
         user_id = unquote(named["user_id"])
-        if len(user_id) > 200 or "\0" in user_id:
-            raise Problem("invalid", "Expected at most 200 characters, and no NUL", "user_id")
+        if len(user_id) > 200 or "\0" in user_id or "\ufffd" in user_id:
+            raise Problem("invalid", "Expected at most 200 characters of UTF-8, and no NUL", "user_id")
         return {"user_id": user_id}
 
     @property
@@ -1492,6 +1525,8 @@ class Ask:
     async def read(self, kind: Any) -> Any:
         """A query or a body as `kind`; every way in which one can be unacceptable is an answer of ours."""
         if self.scope["method"] in ("GET", "HEAD"):
+            if not self.query.get("limit", "1").isdecimal():  # 1e1 is a number to msgspec
+                raise Problem("invalid", "Expected a whole number", "limit")
             return msgspec.convert(self.query, kind, strict=False)
         body = await self.body(BATCH_BYTES if kind is Batch else BODY_BYTES)
         if body and not is_json(self.header("content-type")):
@@ -1501,10 +1536,12 @@ class Ask:
 
 def header_key(ask: Ask) -> str | None:
     """The Idempotency-Key header, within the bounds of a key."""
-    key = ask.headers.get(b"idempotency-key")
-    if key is not None and not 1 <= len(key.decode()) <= 255:
-        raise Problem("invalid", "Expected 1 to 255 characters", "Idempotency-Key")
-    return key.decode() if key else None
+    if (given := ask.headers.get(b"idempotency-key")) is None:
+        return None
+    key = given.decode(errors="replace")
+    if not 1 <= len(key) <= 255 or "\ufffd" in key:
+        raise Problem("invalid", "Expected 1 to 255 characters of UTF-8", "Idempotency-Key")
+    return key
 
 
 def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -1539,7 +1576,7 @@ async def create_notifications(ask: Ask, batch: Batch) -> Any:
     """Store up to 1,000 notifications, all or none."""
     key, wanted = header_key(ask), enumerate(batch.notifications)
     items = [make_item(asked.user_id, asked, key and f"{key}:{index}") for index, asked in wanted]
-    return results(await ask.bell.intake.ask(items))
+    return results(await ask.bell.intake.ask([item | {"brief": True} for item in items]))
 
 
 async def list_notifications(ask: Ask, wanted: InboxWanted) -> Reply:
@@ -1616,7 +1653,7 @@ class Route(NamedTuple):
     fail: Callable[[Ask, Exception], Reply] = answer_error
 
 
-def sql(name: str, only: str = "") -> Action:
+def sql(name: str, only: str = "", patience: float = PATIENCE) -> Action:
     """The action that is one statement: caller, path and body are its parameters, its row is the answer,
     or its `problem` is. A `secret` it asks for is a webhook's, made here and told this once."""
 
@@ -1629,7 +1666,7 @@ def sql(name: str, only: str = "") -> Action:
             fields = {"patch": encode(given)}
         if "secret" in parameters:
             told["secret"], fields["secret"] = new_webhook_secret(settings.secret)
-        row = await ask.mine.one(name, **ask.path, **fields)
+        row = await ask.mine.bind(patience=patience).one(name, **ask.path, **fields)
         if problem := row.pop("problem", None):
             raise Problem(problem)
         return {only: row[only]} if only else row | told
@@ -2017,6 +2054,8 @@ async def prepare(settings: Settings) -> None:
                 await connection.execute(b"EXPLAIN " + query.text, dict.fromkeys(query.parameters))
             except psycopg.errors.DeadlockDetected:  # with a process that applies the schema just now
                 return await prepare(settings)
+            except psycopg.OperationalError:
+                raise StartError("the database went away: whoever had started it ended, try again") from None
             except psycopg.Error as error:
                 faults.append(f"queries/{name}.sql: {error}")
     if faults:
@@ -2062,16 +2101,28 @@ ROUTES = [
     Route("GET", "/api/push/key", "user", get_push_key),
     Route("POST", "/api/push/subscriptions", "user", create_push_subscription, PushSubscription, 201),
     Route("DELETE", "/api/push/subscriptions", "user", sql("delete_push_subscription"), Endpoint, 204),
-    Route("POST", "/api/resolve", "program", sql("update_resolved_notifications"), Subject),
+    Route(
+        "POST",
+        "/api/resolve",
+        "program",
+        sql("update_resolved_notifications", patience=LONG_PATIENCE),
+        Subject,
+    ),
     Route("DELETE", "/api/scheduled/{id:uuid}", "program", sql("delete_scheduled"), None, 204),
     Route("GET", USER, "program", sql("get_preferences")),
     Route("PUT", USER, "program", sql("update_preferences"), ContactPatch),
-    Route("DELETE", USER, "program", sql("delete_user"), None, 204),
+    Route("DELETE", USER, "program", sql("delete_user", patience=LONG_PATIENCE), None, 204),
     Route("PATCH", CHOICES, "program", sql("update_preferences", "preferences"), PreferencesPatch),
-    Route("GET", f"{USER}/export", "program", sql("get_export")),
+    Route("GET", f"{USER}/export", "program", sql("get_export", patience=LONG_PATIENCE)),
     Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest, 201),
     Route("GET", "/api/deliveries", "admin", sql("list_deliveries"), DeliveriesWanted),
-    Route("POST", "/api/deliveries/retry", "admin", sql("retry_deliveries"), RetryRequest),
+    Route(
+        "POST",
+        "/api/deliveries/retry",
+        "admin",
+        sql("retry_deliveries", patience=LONG_PATIENCE),
+        RetryRequest,
+    ),
     Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", sql("retry_delivery")),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
     Route("GET", "/api/keys", "admin", sql("list_api_keys")),
@@ -2124,7 +2175,7 @@ async def respond(service: Service, find: Any, scope: Any, receive: Receive, sen
         # A user's id stays quoted while its path is routed: a slash in it is no end of it.
         quoted = scope["path"].startswith("/api/users/")
         path = scope["raw_path"].decode("latin-1") if quoted else scope["path"]
-        if len(path) > PATH_LENGTH:
+        if len(path) > PATH_LENGTH or "//" in path:
             raise Problem("not_found")
         run, scope["route_handler"], _, scope["path_params"], template = find(path, scope["method"])
         if (route := scope["route_handler"].opt.get("route")) is None:
@@ -2188,9 +2239,9 @@ class Corked:
         self.parts.append(data)
 
     def flush(self) -> None:
-        if self.parts:
+        if self.parts and not self.is_closing():  # the client may have left since
             self.transport.write(b"".join(self.parts))
-            self.parts.clear()
+        self.parts.clear()
 
     def close(self) -> None:
         self.flush()

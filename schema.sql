@@ -19,6 +19,7 @@
 -- user_id leads every key that holds a user's rows: reads stay local to one user, the owner is
 -- in every WHERE, and the tables can be distributed by it later.
 
+SET LOCAL lock_timeout = 0;  -- another start may be at it, for as long as an index takes
 SELECT pg_advisory_xact_lock(hashtext('bellhop schema'));
 DO $$ BEGIN
     IF current_setting('server_version_num')::int < 140000 THEN

@@ -2,6 +2,7 @@
 -- channels, reasons, rate limits, digests. One row per item, in input order; a repeated key gives
 -- the first notification with inserted = false, a user without in-app gives NULLs.
 WITH item AS MATERIALIZED (
+    -- What many are told stands in the first of them; the others say how far it is back.
     -- ref names the row an item asks for: its key, or itself. The key is the caller's, or made of the resource,
     -- as a hash where it is long: an index entry holds 2,700 bytes, the user's id among them.
     SELECT i.n, (i.item ->> 'id')::uuid AS id, (i.item ->> 'intake')::uuid AS intake,
@@ -10,9 +11,14 @@ WITH item AS MATERIALIZED (
            coalesce(a.asked ->> 'severity', 'info') AS severity, coalesce(a.asked -> 'data', '{}') AS data,
            a.asked ->> 'batch_key' AS batch_key, a.asked ->> 'subject_key' AS subject_key,
            coalesce((a.asked ->> 'private')::boolean, false) AS private, (i.item ->> 'redacted')::boolean AS redacted,
-           k.key, coalesce('key ' || k.key, (i.item ->> 'id')::uuid::text) AS ref
+           i.item ? 'brief' AS brief, k.key, coalesce('key ' || k.key, (i.item ->> 'id')::uuid::text) AS ref
     FROM jsonb_array_elements(%(items)s::jsonb) WITH ORDINALITY AS i (item, n)
-    CROSS JOIN LATERAL (SELECT i.item -> 'asked' AS asked OFFSET 0) a
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN i.item ? 'brief' AND jsonb_typeof(i.item -> 'asked') = 'number'
+               THEN %(items)s::jsonb -> (i.n - 1 - (i.item ->> 'asked')::int)::int -> 'asked'
+               ELSE i.item -> 'asked' END AS asked
+        OFFSET 0
+    ) a
     CROSS JOIN LATERAL (
         SELECT coalesce(i.item ->> 'key',
                         CASE WHEN octet_length(made.key) > 1500
@@ -227,6 +233,6 @@ LEFT JOIN LATERAL (
     FROM (SELECT s.id, s.user_id, s.event_name, s.title, s.body, s.summary, s.target_url, s.severity,
                  s.data, s.idempotency_key, s.batch_key, s.subject_key, s.read_at, s.archived_at,
                  s.created_at, s.updated_at, s.id = i.id AS inserted) AS shown
-    WHERE s.id IS NOT NULL
+    WHERE s.id IS NOT NULL AND NOT i.brief
 ) n ON true
 ORDER BY i.n

@@ -2,7 +2,8 @@
 SELECT 'deliveries' AS gauge, ARRAY[channel, status, coalesce(reason, '')] AS labels, count(*)::float8 AS value
 FROM deliveries GROUP BY channel, status, reason
 UNION ALL
-SELECT 'breaker_open', ARRAY[provider], (paused_until IS NOT NULL)::int FROM breakers
+SELECT 'breaker_open', ARRAY[provider], coalesce(paused_until > now() - interval '1 minute', false)::int
+FROM breakers  -- while messages wait, a probe renews the pause twice a minute
 UNION ALL
 SELECT 'pool', ARRAY[p.what], coalesce((%(pool)s::jsonb ->> p.what)::float8, 0)
 FROM unnest(ARRAY['pool_size', 'pool_available', 'requests_waiting']) AS p (what)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import psycopg
+import pytest
 from conftest import Running, app, eventually
 from psycopg.conninfo import conninfo_to_dict
 
@@ -30,21 +31,37 @@ def at_once(requests: list[tuple[str, str, str]], key: str) -> list[httpx.Respon
     return asyncio.run(post_all())
 
 
+def beside_a_bad_one(
+    service: Running, requests: list[tuple[str, str, str]], key: str, at: int = 0
+) -> list[httpx.Response]:
+    """The answers to requests in one statement with an item that PostgreSQL alone refuses, as it must."""
+    intake, replies = service.service.intake, list[httpx.Response]()
+    asking = threading.Thread(target=lambda: replies.extend(at_once(requests, key)))
+    service.call(intake.turn.acquire())
+    asking.start()
+    eventually(lambda: len(intake.waiting) == len(requests))
+    bad = asyncio.run_coroutine_threadsafe(intake.ask([{"id": "no id"}]), service.loop)
+    eventually(lambda: len(intake.waiting) == len(requests) + 1)
+    intake.waiting.rotate(at)
+    intake.before = len(intake.waiting)  # so that the next statement is for all of them
+    service.loop.call_soon_threadsafe(intake.turn.release)
+    asking.join()
+    with pytest.raises(psycopg.DataError):
+        bad.result(15)
+    return replies
+
+
 def test_one_bad_item_among_31_good_ones_in_flight_fails_alone(
     serve: Callable[..., Running], make_key: Callable[[str], str], sql: Sql
 ) -> None:
     service, key = serve(delivery_concurrency=0), make_key("send")
-    # PostgreSQL alone can see what is wrong with this one: it gets as far as the shared statement.
-    bad = json.dumps({"user_id": "bad", **NOTE})[:-1] + ', "data": {"n": 1e999999}}'
     for turn in range(5):
         bodies = [json.dumps({"user_id": f"u{turn}-{number}", **NOTE}) for number in range(31)]
-        bodies.insert(turn * 7, bad)
-        replies = at_once([(service.url, "/api/notifications", body) for body in bodies], key)
-        assert [reply.status_code for reply in replies].index(400) == turn * 7
-        assert sorted(reply.status_code for reply in replies) == [201] * 31 + [400]
+        requests = [(service.url, "/api/notifications", body) for body in bodies]
+        replies = beside_a_bad_one(service, requests, key, at=turn * 7)
         for body, reply in zip(bodies, replies, strict=True):
-            if reply.status_code == 201:
-                assert reply.json()["notification"]["user_id"] == json.loads(body)["user_id"]
+            assert reply.status_code == 201
+            assert reply.json()["notification"]["user_id"] == json.loads(body)["user_id"]
     assert sql("SELECT count(*) FROM notifications") == [(5 * 31,)]
 
 
@@ -58,35 +75,43 @@ def test_a_bad_batch_in_flight_takes_no_other_down(
     broken = f'{{"notifications": [{single}, {bad}, {single}]}}'
     requests = [(service.url, "/api/notifications", single)] * 10
     requests += [(service.url, "/api/notifications/batch", batch)] * 5
-    requests += [(service.url, "/api/notifications/batch", broken)] * 5
-    replies = at_once(requests, key)
+    replies = beside_a_bad_one(service, requests, key)
+    assert [reply.status_code for reply in replies] == [201] * 15
+    replies = at_once([*requests, *[(service.url, "/api/notifications/batch", broken)] * 5], key)
     assert [reply.status_code for reply in replies] == [201] * 15 + [400] * 5
-    assert sql("SELECT count(*) FROM notifications") == [(20,)]
+    assert sql("SELECT count(*) FROM notifications") == [(40,)]
 
 
 def test_nobody_waits_for_the_patience_of_another(
-    serve: Callable[..., Running], make_key: Callable[[str], str], database: str, sql: Sql
+    serve: Callable[..., Running], make_key: Callable[[str], str], database: str
 ) -> None:
-    """One spoils the statement, so each is asked for by itself; the first that hangs speaks for all."""
+    """One spoils the statement, so each is asked for by itself; those that hang do so together."""
     service, key = serve(delivery_concurrency=0), make_key("send")
-    intake, replies = service.service.intake, list[httpx.Response]()
-    held = [{**NOTE, "user_id": "alice", "idempotency_key": "held"}] * 4
-    bodies = [json.dumps(body) for body in [*held, {**NOTE, "user_id": "bob", "title": "\0"}]]
-    requests = [(service.url, "/api/notifications", body) for body in bodies]
-    asking = threading.Thread(target=lambda: replies.extend(at_once(requests, key)))
+    held = [json.dumps({**NOTE, "user_id": "alice", "idempotency_key": "held"})] * 4
     with psycopg.connect(database) as stranger:
         stranger.execute("INSERT INTO notifications (user_id, id, event_name, title, body, severity, idempotency_key)"
                          " VALUES ('alice', gen_random_uuid(), 'e', 't', 'b', 'info', 'held')")  # fmt: skip
-        service.call(intake.turn.acquire())
-        asking.start()
-        eventually(lambda: len(intake.waiting) == len(requests))
-        intake.before = len(requests)  # so that the next statement is for all of them
-        service.loop.call_soon_threadsafe(intake.turn.release)
-        asking.join()
+        requests = [(service.url, "/api/notifications", body) for body in held]
+        replies = beside_a_bad_one(service, requests, key)
         stranger.rollback()
     waited = [reply.elapsed.total_seconds() for reply in replies if reply.status_code == 503]
-    assert len(waited) >= len(held) and {reply.status_code for reply in replies} <= {503, 400}
-    assert max(waited) - min(waited) < app.PATIENCE
+    assert len(waited) == len(held) and max(waited) - min(waited) < app.PATIENCE
+
+
+def test_a_locked_row_delays_its_own_request_alone(
+    serve: Callable[..., Running], make_key: Callable[[str], str], database: str
+) -> None:
+    service, key = serve(delivery_concurrency=0), make_key("send")
+    bodies = [{**NOTE, "user_id": "alice", "idempotency_key": "held"}]
+    bodies += [{**NOTE, "user_id": f"bob-{number}"} for number in range(5)]
+    requests = [(service.url, "/api/notifications", json.dumps(body)) for body in bodies]
+    with psycopg.connect(database) as stranger:
+        stranger.execute("INSERT INTO notifications (user_id, id, event_name, title, body, severity, idempotency_key)"
+                         " VALUES ('alice', gen_random_uuid(), 'e', 't', 'b', 'info', 'held')")  # fmt: skip
+        replies = at_once(requests, key)
+        assert [reply.status_code for reply in replies] == [503] + [201] * 5
+        stranger.rollback()
+    assert at_once(requests[:1], key)[0].status_code == 201
 
 
 def test_everyone_gets_their_own_row_back(
