@@ -1556,9 +1556,7 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     if asked.deliver_at is not None:
         if asked.user_ids is not None:
             raise Problem("invalid", "Expected a single user_id with it", "deliver_at")
-        own = {"user_id": items[0]["user_id"], "idempotency_key": items[0]["key"], "deliver_at": None}
-        kept = {"payload": encode(msgspec.structs.replace(asked, **own)), "due_at": asked.deliver_at}
-        return Reply(await ask.mine.one("create_scheduled", **kept), 202)
+        return Reply(await ask.mine.one("create_scheduled", item=encode(items[0])), 202)
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
         return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
@@ -1635,10 +1633,7 @@ async def delete_key(ask: Ask) -> None:
 
 async def ping_webhook(ask: Ask) -> Outcome:
     """Send a ping now and say how it went."""
-    address = msgspec.json.decode((await ask.mine.one("get_webhook", **ask.path))["address"])
-    ping, now = UUID(new_id()), datetime.now(UTC)
-    message = Outgoing(ping, "", ping, 0, "webhook", "", "en", now, address, 1, "bellhop.ping", [])
-    return await ask.bell.outbound.send(message)
+    return await ask.bell.outbound.send(await ask.mine.one("get_webhook", outgoing, **ask.path))
 
 
 class Route(NamedTuple):

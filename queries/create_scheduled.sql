@@ -1,11 +1,12 @@
 -- Keeps a notification for later; the worker stores it when due. One that has a key is kept once: its id is
 -- made of user and key, so a repeated request is told of the first, and is taken anew where that failed.
 INSERT INTO intake AS kept (id, payload, due_at)
-SELECT coalesce(md5(length(user_id) || ' ' || user_id || key)::uuid, gen_random_uuid()), p, %(due_at)s::timestamptz
-FROM (SELECT %(payload)s::jsonb) AS asked (p)
+SELECT coalesce(md5(length(user_id) || ' ' || user_id || coalesce(key, resource_key))::uuid, gen_random_uuid()),
+       asked - 'deliver_at' || jsonb_strip_nulls(jsonb_build_object('user_id', user_id, 'idempotency_key', key)),
+       (asked ->> 'deliver_at')::timestamptz
+FROM jsonb_to_record(%(item)s::jsonb) AS item (user_id text, key text, asked jsonb)
 CROSS JOIN LATERAL (
-    SELECT p ->> 'user_id' AS user_id, coalesce(
-        p ->> 'idempotency_key', (p ->> 'user_id') || ':' || (p ->> 'event_name') || ':' || (p ->> 'resource_id')) AS key
+    SELECT user_id || ':' || (asked ->> 'event_name') || ':' || (asked ->> 'resource_id') AS resource_key
 ) AS named
 ON CONFLICT (id) DO UPDATE
 SET payload = CASE WHEN kept.error IS NULL THEN kept.payload ELSE EXCLUDED.payload END,
