@@ -1240,7 +1240,7 @@ class Worker:
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.intake, self.outbound = settings, intake, outbound
         share, mail = -(-settings.delivery_concurrency // 4), bool(settings.smtp_url)
-        self.db = db.bind(share=share, mail=mail, patience=LONG_PATIENCE)
+        self.db = db.bind(share=share, mail=mail)
         self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()
@@ -1610,13 +1610,6 @@ async def get_push_key(ask: Ask) -> Any:
     return {"public_key": ask.bell.outbound.public_key}
 
 
-async def create_push_subscription(ask: Ask, wanted: PushSubscription) -> Reply:
-    """Register a browser for the caller: 201, or 200 when its endpoint is known already."""
-    check_scheme(ask.bell.settings, "endpoint", wanted.endpoint)
-    row = await ask.mine.one("create_push_subscription", patch=encode(wanted))
-    return Reply({"id": row["id"]}, 201 if row["added"] else 200)
-
-
 async def create_user_token(ask: Ask, wanted: Any) -> Any:
     """A user token: HS256, `sub` is the user."""
     life = timedelta(minutes=wanted.minutes)
@@ -1648,23 +1641,29 @@ class Route(NamedTuple):
     fail: Callable[[Ask, Exception], Reply] = answer_error
 
 
-def sql(name: str, only: str = "", patience: float = PATIENCE) -> Action:
+# Statements about all that a user, a subject or a channel has.
+LONG = ("get_export", "delete_user", "update_resolved_notifications", "retry_deliveries")
+
+
+def sql(name: str, only: str = "", address: str = "url") -> Action:
     """The action that is one statement: caller, path and body are its parameters, its row is the answer,
     or its `problem` is. A `secret` it asks for is a webhook's, made here and told this once."""
 
     async def run(ask: Ask, given: Struct | None = None) -> Any:
         parameters, settings, told = QUERIES[name].parameters, ask.bell.settings, dict[str, str]()
         fields: dict[str, Any] = msgspec.structs.asdict(given) if given else {}
-        if "url" in fields:
-            check_scheme(settings, "url", fields["url"])
+        if address in fields:
+            check_scheme(settings, address, fields[address])
         if "patch" in parameters:
             fields = {"patch": encode(given)}
         if "secret" in parameters:
             told["secret"], fields["secret"] = new_webhook_secret(settings.secret)
-        row = await ask.mine.bind(patience=patience).one(name, **ask.path, **fields)
+        db = ask.mine.bind(patience=LONG_PATIENCE if name in LONG else PATIENCE)
+        row = await db.one(name, **ask.path, **fields)
         if problem := row.pop("problem", None):
             raise Problem(problem)
-        return {only: row[only]} if only else row | told
+        told = {only: row[only]} if only else row | told
+        return Reply(told, row["status"]) if "status" in row else told
 
     return run
 
@@ -2077,6 +2076,7 @@ async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
 
 INBOX, ONE, WEBHOOK = "/api/notifications", "/api/notifications/{id:uuid}", "/api/webhooks/{id:uuid}"
 USER, CHOICES = "/api/users/{user_id:str}", "/api/users/{user_id:str}/preferences"
+PUSH = "/api/push/subscriptions"
 ADMIN_ROWS = ("get_stats", "list_deliveries", "list_api_keys", "list_webhooks")
 ROUTES = [
     Route("GET", INBOX, "user", list_notifications, InboxWanted),
@@ -2094,30 +2094,18 @@ ROUTES = [
     Route("POST", "/api/outbox/{id:uuid}/send", "user", sql("update_outbox_message")),
     Route("POST", "/api/outbox/{id:uuid}/skip", "user", sql("delete_outbox_message")),
     Route("GET", "/api/push/key", "user", get_push_key),
-    Route("POST", "/api/push/subscriptions", "user", create_push_subscription, PushSubscription, 201),
-    Route("DELETE", "/api/push/subscriptions", "user", sql("delete_push_subscription"), Endpoint, 204),
-    Route(
-        "POST",
-        "/api/resolve",
-        "program",
-        sql("update_resolved_notifications", patience=LONG_PATIENCE),
-        Subject,
-    ),
+    Route("POST", PUSH, "user", sql("create_push_subscription", "id", "endpoint"), PushSubscription, 201),
+    Route("DELETE", PUSH, "user", sql("delete_push_subscription"), Endpoint, 204),
+    Route("POST", "/api/resolve", "program", sql("update_resolved_notifications"), Subject),
     Route("DELETE", "/api/scheduled/{id:uuid}", "program", sql("delete_scheduled"), None, 204),
     Route("GET", USER, "program", sql("get_preferences")),
     Route("PUT", USER, "program", sql("update_preferences"), ContactPatch),
-    Route("DELETE", USER, "program", sql("delete_user", patience=LONG_PATIENCE), None, 204),
+    Route("DELETE", USER, "program", sql("delete_user"), None, 204),
     Route("PATCH", CHOICES, "program", sql("update_preferences", "preferences"), PreferencesPatch),
-    Route("GET", f"{USER}/export", "program", sql("get_export", patience=LONG_PATIENCE)),
+    Route("GET", f"{USER}/export", "program", sql("get_export")),
     Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest, 201),
     Route("GET", "/api/deliveries", "admin", sql("list_deliveries"), DeliveriesWanted),
-    Route(
-        "POST",
-        "/api/deliveries/retry",
-        "admin",
-        sql("retry_deliveries", patience=LONG_PATIENCE),
-        RetryRequest,
-    ),
+    Route("POST", "/api/deliveries/retry", "admin", sql("retry_deliveries"), RetryRequest),
     Route("POST", "/api/deliveries/{id:uuid}/retry", "admin", sql("retry_delivery")),
     Route("GET", "/api/stats", "admin", sql("get_stats")),
     Route("GET", "/api/keys", "admin", sql("list_api_keys")),
