@@ -1364,34 +1364,21 @@ class Hub:
 
     def __init__(self, bell: Service) -> None:
         self.bell = bell
-        self.streams: dict[str, list[InboxStream]] = {}
+        self.streams: dict[str, dict[asyncio.Task[None], asyncio.Event]] = {}  # and whether it is stale
         self.closed = False
         self.alone = True  # on this database
         self.users, self.told = set[str](), asyncio.Event()  # of whom the others are to be told
 
     def publish(self, user_id: str) -> None:
         """Tell a user's streams that the inbox changed; never waits."""
-        for stream in self.streams.get(user_id, ()):
-            stream.stale.set()
-
-    async def hold(self, stream: InboxStream) -> None:
-        """Keep a stream until its task ends; one too many ends the oldest."""
-        streams = self.streams.setdefault(stream.user_id, [])
-        streams.append(stream)
-        for each in streams if self.closed else streams[:-STREAMS_PER_USER]:
-            each.feeding.cancel()
-        try:
-            await asyncio.gather(stream.feeding, return_exceptions=True)
-        finally:
-            streams.remove(stream)
-            if not streams:
-                del self.streams[stream.user_id]
+        for stale in self.streams.get(user_id, {}).values():
+            stale.set()
 
     def close(self) -> None:
         """End every stream: the process stops."""
         self.closed = True
-        for stream in itertools.chain(*self.streams.values()):
-            stream.feeding.cancel()
+        for feeding in itertools.chain(*self.streams.values()):
+            feeding.cancel()
 
     def changed(self, user_id: str) -> None:
         """An inbox changed here: tell our streams, and the other processes if there are any."""
@@ -1419,42 +1406,47 @@ class Hub:
                     for user in msgspec.json.decode(word.payload) or list(self.streams):
                         self.publish(user)
 
-
-class InboxStream:
-    """The answer to GET /api/stream: one `inbox` event on connect and on every change."""
-
-    status = 200
-
-    def __init__(self, hub: Hub, user_id: str) -> None:
-        self.hub, self.user_id = hub, user_id
-        self.stale = asyncio.Event()
-        self.stale.set()
-
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Send until the client leaves, stops reading or is replaced; to HEAD the start alone."""
+    async def stream(self, user_id: str, scope: Any, receive: Receive, send: Send) -> None:
+        """An `inbox` event at once and for every change, until the client leaves, stops reading or is
+        replaced; to HEAD the start alone."""
         headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "GET":
-            self.feeding = asyncio.create_task(self.feed(send))
+            stale = asyncio.Event()
+            stale.set()
+            feeding = asyncio.create_task(self.feed(user_id, stale, send))
             leaving = asyncio.ensure_future(receive())
-            leaving.add_done_callback(lambda _: self.feeding.cancel())
-            await self.hub.hold(self)
+            leaving.add_done_callback(lambda _: feeding.cancel())
+            await self.hold(user_id, feeding, stale)
             leaving.cancel()
         # This may wait for the client to take the rest, for as long as it lives.
         cut = asyncio.get_running_loop().call_later(1, scope["extensions"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
 
-    async def feed(self, send: Send) -> None:
+    async def hold(self, user_id: str, feeding: asyncio.Task[None], stale: asyncio.Event) -> None:
+        """Keep a stream until its task ends; one too many ends the oldest."""
+        streams = self.streams.setdefault(user_id, {})
+        streams[feeding] = stale
+        for each in streams if self.closed else list(streams)[:-STREAMS_PER_USER]:
+            each.cancel()
+        try:
+            await asyncio.gather(feeding, return_exceptions=True)
+        finally:
+            del streams[feeding]
+            if not streams:
+                del self.streams[user_id]
+
+    async def feed(self, user_id: str, stale: asyncio.Event, send: Send) -> None:
         """Send an event for each change and a comment in silence, for as long as the client takes them."""
         while True:
             frame = b": still here\n\n"
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STREAM_COMMENT_SECONDS):
-                    await self.stale.wait()
-            if self.stale.is_set():
-                self.stale.clear()
-                hint = await self.hub.bell.db.one("get_hint", user_id=self.user_id)
+                    await stale.wait()
+            if stale.is_set():
+                stale.clear()
+                hint = await self.bell.db.one("get_hint", user_id=user_id)
                 frame = f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
             async with asyncio.timeout(STREAM_SEND_SECONDS):
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
@@ -1602,7 +1594,7 @@ async def mark_notifications(ask: Ask, wanted: Any) -> Any:
 async def stream_inbox(ask: Ask) -> ASGIApp:
     """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
     await ask.body()  # what comes after it is that the client left
-    return InboxStream(ask.bell.hub, ask.user.user_id)
+    return functools.partial(ask.bell.hub.stream, ask.user.user_id)
 
 
 async def get_push_key(ask: Ask) -> Any:
@@ -2167,7 +2159,7 @@ async def respond(service: Service, find: Any, scope: Any, receive: Receive, sen
         reply: Any = await answer(ask, route)
     except Exception as error:
         reply = fail(ask, error)
-    service.answers[template, reply.status] += 1
+    service.answers[template, getattr(reply, "status", 200)] += 1
     return await reply(scope, receive, send)
 
 

@@ -66,7 +66,7 @@ def test_every_tab_follows_every_change_and_strangers_hear_nothing(
 def test_a_ninth_stream_closes_the_oldest(service: Running, client: Client) -> None:
     with streaming(service, client, "alice", 8) as tabs:
         hub = service.service.hub
-        oldest = hub.streams["alice"][0]
+        oldest = next(iter(hub.streams["alice"]))
         with streaming(service, client, "alice"):
             eventually(lambda: oldest not in hub.streams["alice"])
             assert len(hub.streams["alice"]) == 8

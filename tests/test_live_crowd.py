@@ -130,7 +130,9 @@ def sleepers(service: Running) -> Iterator[None]:
         clients.append(connect(service, buffer=1))
         clients[-1].sendall(request(user))
     eventually(lambda: len(hub.streams) == READERS, 60)
-    eventually(lambda: not any(one.stale.is_set() for (one,) in list(hub.streams.values())))
+    eventually(
+        lambda: not any(stale.is_set() for one in list(hub.streams.values()) for stale in one.values())
+    )
     time.sleep(0.2)
     service.call(clog(service))
     yield
