@@ -1420,7 +1420,7 @@ class Hub:
             await self.hold(user_id, feeding, stale)
             leaving.cancel()
         # This may wait for the client to take the rest, for as long as it lives.
-        cut = asyncio.get_running_loop().call_later(1, scope["extensions"]["abort"])
+        cut = asyncio.get_running_loop().call_later(1, scope["state"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
 
@@ -2228,10 +2228,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(cast("Any", Corked(transport)))
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = cast("Any", {"abort": self.transport.abort})
+        self.app_state = {**self.app_state, "abort": transport.abort}  # the `state` of its requests
 
 
 class Server(uvicorn.Server):
