@@ -763,6 +763,7 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
 
 BODY_DEPTH = 32  # brackets within each other; deeper ones are refused before they are decoded
 READERS = 2  # list statements under way at once: the second uses the other core
+ITEMS_A_SECOND = 400  # stored at least, even of the largest; so much more patience have many
 SHARED_ITEMS = 512  # with so many items a statement is full; what a request asks for goes whole
 Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
@@ -796,7 +797,7 @@ def refuse_nul(value: Any, place: str = "") -> None:
             refuse_nul(item, f"{place}[{index}]")
     if isinstance(value, dict):
         for name, item in value.items():
-            refuse_nul([name], place)
+            refuse_nul(name, place)
             refuse_nul(item, f"{place}.{name}".lstrip("."))
 
 
@@ -840,7 +841,7 @@ class Shared:
     """A statement that answers many requests at once, from its parameter `items`: a row an item."""
 
     def __init__(self, db: Db, name: str, kind: Kind, at_once: int, after: Callable[..., None]) -> None:
-        self.db, self.name, self.kind, self.after = db, name, kind, after
+        self.db, self.name, self.kind, self.after = db.bind(patience=LONG_PATIENCE), name, kind, after
         self.waiting: collections.deque[Waiting] = collections.deque()
         self.before = 0  # requests in the last statement
         self.arrived = asyncio.Event()
@@ -851,10 +852,10 @@ class Shared:
     async def ask(self, items: list[Any]) -> list[Any]:
         """A row for each item, after COMMIT; all items or none."""
         request: Waiting = items, asyncio.get_running_loop().create_future()
-        if self.waiting or self.turn.locked():
+        if self.waiting or self.turn.locked() or len(items) > 1:
             self.waiting.append(request)
             self.arrived.set()
-        else:  # nobody is before it
+        else:  # nobody is before it, and nobody will wait long for it
             await self.answer([request])
         return await request[1]
 
@@ -868,7 +869,8 @@ class Shared:
     async def answer(self, requests: list[Waiting], most: int = 0, alone: bool = False) -> None:
         """One statement for these, or up to `most` that wait by then; if one spoils it, each by itself."""
         try:
-            async with asyncio.timeout(PATIENCE), contextlib.nullcontext() if alone else self.turn:
+            turn = contextlib.nullcontext() if alone else self.turn
+            async with asyncio.timeout(PATIENCE) as limit, turn:
                 items = [item for wanted, _ in requests for item in wanted]
                 # Not for all: PostgreSQL would rest while they are answered, and we while it works.
                 most = min(most, -(-(len(self.waiting) + self.before) // 2))
@@ -877,6 +879,7 @@ class Shared:
                     items += requests[-1][0]
                 if not items:
                     return
+                limit.reschedule((limit.when() or 0) + len(items) / ITEMS_A_SECOND)
                 rows = await self.db.many(self.name, self.kind, items=encode(items))
         except Exception as error:
             away = as_problem(error).code == "database_away"

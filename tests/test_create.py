@@ -223,6 +223,20 @@ def test_user_ids_gives_one_to_each_in_order(api: httpx.Client, sql: Sql) -> Non
     assert [one["id"] for one in again.json()["results"]] == [one["id"] for one in results]
 
 
+def test_the_largest_is_told_to_a_thousand(api: httpx.Client, sql: Sql) -> None:
+    """What is asked goes to PostgreSQL once, and no copy of it comes back."""
+    users, large = [f"u{n}" for n in range(1000)], {"body": "b" * 8000, "data": {"x": "y" * 16_000}}
+    note = {"event_name": "comment.created", "title": "A comment", "user_ids": users, **large}
+    reply = api.post("/api/notifications", json=note, timeout=30)
+    assert reply.status_code == 201
+    results = reply.json()["results"]
+    assert [result["user_id"] for result in results] == users
+    assert len(reply.content) < 200_000 and all(result["inserted"] for result in results)
+    assert sql("SELECT count(*), min(length(body)), min(length(data ->> 'x')) FROM notifications") == [
+        (1000, 8000, 16_000)
+    ]
+
+
 def test_user_ids_with_a_resource_get_a_key_each(api: httpx.Client, sql: Sql) -> None:
     body = {name: value for name, value in NOTE.items() if name != "user_id"}
     api.post("/api/notifications", json=body | {"user_ids": ["a", "b"], "resource_id": "9"})

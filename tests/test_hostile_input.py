@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -86,6 +87,51 @@ def test_nul_and_lone_surrogates_are_400_in_any_text(api: httpx.Client, alice: h
             "DELETE", "/api/push/subscriptions", content=f'{{"endpoint": "{bad}"}}', headers=JSON
         )
         problem(gone, 400)
+
+
+@pytest.mark.usefixtures("nothing_stored")
+def test_a_nul_is_named_with_its_place_in_a_batch(api: httpx.Client) -> None:
+    for fault, field in (
+        ({"title": "a\0b"}, "notifications[1].title"),
+        ({"data": {"a": [{"b": "\0"}]}}, "notifications[1].data.a[0].b"),
+        ({"data": {"\0": 1}}, "notifications[1].data"),
+    ):
+        body = json.dumps({"notifications": [GOOD, GOOD | fault]})
+        problem(post(api, body.encode(), "/api/notifications/batch"), 400, field)
+
+
+@pytest.mark.usefixtures("nothing_stored")
+def test_what_is_no_utf8_in_a_path_a_query_or_a_header_is_400(api: httpx.Client, alice: httpx.Client) -> None:
+    for bad in ("%FF", "%C3", "%ED%A0%80"):
+        problem(api.put(f"/api/users/{bad}", json={"locale": "de"}), 400, "user_id")
+        problem(alice.get(f"/api/notifications?event={bad}"), 400)
+    reply = api.post("/api/notifications", json=GOOD, headers={"Idempotency-Key": b"\xe9"})
+    problem(reply, 400, "Idempotency-Key")
+
+
+@pytest.mark.usefixtures("nothing_stored")
+def test_an_empty_part_of_a_path_is_not_stepped_over(api: httpx.Client) -> None:
+    for path in ("/api/users//export", "/api/users//preferences", "/api//users/x", "//api/users/x"):
+        for method in ("GET", "PUT", "DELETE"):
+            problem(api.request(method, f"{str(api.base_url).rstrip('/')}{path}"), 404)
+
+
+@pytest.mark.usefixtures("nothing_stored")
+def test_numbers_count_with_all_their_digits(api: httpx.Client) -> None:
+    body = json.dumps(GOOD)[:-1] + ', "data": {"n": [' + ", ".join(["1e399"] * 50) + "]}}"
+    problem(post(api, body.encode()), 400, "data")
+
+
+def test_clients_that_leave_before_their_answer_leave_no_trace(
+    service: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = service.url.removeprefix("http://").split(":")
+    for _ in range(50):
+        with socket.create_connection((host, int(port))) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(b"GET /health/ready HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert httpx.get(f"{service.url}/health/live").status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_an_escaped_backslash_before_u0000_is_only_text(api: httpx.Client) -> None:
@@ -343,7 +389,20 @@ def test_a_target_is_a_web_address_or_a_path_of_ours(api: httpx.Client, sql: Cal
 @pytest.mark.usefixtures("nothing_stored")
 def test_queries_are_held_to_their_bounds(alice: httpx.Client) -> None:
     for name, values in {
-        "limit": ["0", "101", "-1", "x", "", "1.5", "99999999999999999999", "0x10", " "],
+        "limit": [
+            "0",
+            "101",
+            "-1",
+            "x",
+            "",
+            "1.5",
+            "99999999999999999999",
+            "0x10",
+            " ",
+            "1e1",
+            "10.0",
+            "\u0663",
+        ],
         "cursor": ["x", "1", "00000000", str(uuid4()) + "0", "\u00e9"],
         "unread": ["x", "yes-no", "2"],
         "archived": ["x", "-1"],

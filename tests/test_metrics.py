@@ -115,6 +115,8 @@ def test_breakers_leases_and_connections_are_told(metrics: Any, sql: Sql) -> Non
     assert metrics("bellhop_breaker_open") == 0
     sql("INSERT INTO breakers VALUES ('email', 10, now() + interval '20 seconds')")
     assert metrics("bellhop_breaker_open", provider="email") == 1
+    sql("UPDATE breakers SET paused_until = now() - interval '2 minutes'")
+    assert metrics("bellhop_breaker_open", provider="email") == 0, "nobody waits, so nobody probes"
     sql("DELETE FROM breakers")
     assert metrics("bellhop_breaker_open") == 0
     assert metrics("bellhop_leases_lost_total") >= 0
