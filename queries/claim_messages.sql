@@ -13,10 +13,14 @@ WITH RECURSIVE provider AS (
 probing AS MATERIALIZED (
     SELECT provider FROM breakers WHERE paused_until <= now() FOR UPDATE SKIP LOCKED
 ),
--- How many more of each provider's messages this process may take: slow ones leave room for others.
+-- How many more of each provider's messages this process may take, and of its whole channel: slow ones leave
+-- room for others, however many hosts they are. With a quarter a provider may have three eighths a channel.
 room AS (
     SELECT p.name, q.provider IS NOT NULL AS probes,
-           %(share)s::int - coalesce((%(busy)s::jsonb ->> p.name)::int, 0) AS free
+           %(share)s::int - coalesce((%(busy)s::jsonb ->> p.name)::int, 0) AS free,
+           (SELECT greatest(1, %(share)s::int * 3 / 2) - coalesce(sum(b.n::int), 0)
+            FROM jsonb_each_text(%(busy)s::jsonb) AS b (provider, n)
+            WHERE split_part(b.provider, ':', 1) = split_part(p.name, ':', 1)) AS channel_free
     FROM provider p
     LEFT JOIN breakers b ON b.provider = p.name
     LEFT JOIN probing q ON q.provider = p.name
@@ -38,10 +42,13 @@ suspect AS MATERIALIZED (
     ORDER BY s.available_at
     LIMIT 1
 ),
--- The oldest due ones, locked; an expired lease is due again and counts as a crash.
-due AS MATERIALIZED (
+-- The oldest due ones of each provider, locked; an expired lease is due again and counts as a crash. Its turn
+-- is how many of its provider go before it, those under way included.
+ready AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.created_at,
-           d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, room.probes
+           d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, room.probes,
+           room.channel_free,
+           row_number() OVER (PARTITION BY d.provider ORDER BY d.available_at) - room.free AS turn
     FROM room
     LEFT JOIN suspect ON true
     CROSS JOIN LATERAL (
@@ -60,7 +67,14 @@ due AS MATERIALIZED (
     -- What joined a digest since this statement began cannot be seen here and would be lost in it.
     WHERE d.digest IS NULL
        OR d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
-    ORDER BY d.available_at
+),
+-- Who has the fewest under way comes first: a backlog takes no slot from a host that answers.
+due AS MATERIALIZED (
+    SELECT r.*
+    FROM (SELECT ready.*, row_number() OVER (PARTITION BY channel ORDER BY turn, available_at) AS number
+          FROM ready) r
+    WHERE r.number <= r.channel_free
+    ORDER BY r.turn, r.available_at
     LIMIT %(room)s::int
 ),
 -- Each message with its address (none: its target is gone) and with what it still has to say. OFFSET 0

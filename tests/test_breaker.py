@@ -1,12 +1,14 @@
 """The breaker: a provider that fails is left alone, its messages wait unharmed, and nobody else is slowed."""
 
+import collections
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, eventually, took
+from conftest import Running, app, eventually, took
 from peers import HANG, Hookbox, Mailbox, Pushbox
 
 Sql = Callable[..., list[tuple[Any, ...]]]
@@ -199,3 +201,25 @@ def test_a_slow_provider_leaves_room_for_the_others(
     assert time.monotonic() - started < 2
     assert sql("SELECT count(*) FROM outbox WHERE state = 'sending' AND channel = 'email'")[0][0] <= 4
     mailbox.always("DATA")
+
+
+def test_many_slow_hosts_leave_room_for_the_other_channels_and_for_each_other(
+    service: Running, api: httpx.Client, burst: Any, sql: Sql
+) -> None:
+    """Of sixteen slots webhooks get six, a host with none under way before one with some; mail has its four."""
+    hosts = [f"webhook:h{number}.example" for number in range(5)]
+    for host in hosts:
+        api.post("/api/webhooks", json={"url": f"https://{host.partition(':')[2]}/"})
+    with service.paused():
+        burst(5)
+        worker = service.service.worker.db
+        claim = functools.partial(worker.many, "claim_messages", app.outgoing, room=16, share=4, mail=True)
+        first = service.call(claim(busy="{}"))
+        assert collections.Counter(message.channel for message in first) == {"webhook": 6, "email": 4}
+        assert {message.provider for message in first} == {*hosts, "email"}
+        busy = collections.Counter(message.provider for message in first)
+        assert service.call(claim(busy=app.encode(busy))) == []
+        later = service.call(claim(busy=app.encode({hosts[0]: 3, hosts[1]: 1})))
+        webhooks = [message.provider for message in later if message.channel == "webhook"]
+        assert len(webhooks) == 2 and not {hosts[0], hosts[1]} & set(webhooks)
+        sql("DELETE FROM outbox")
