@@ -942,7 +942,7 @@ def looks_secret(text: str) -> bool:
     if "-----BEGIN " in text or (HINT.search(text) and TOKEN.search(text)):
         return True
     for run in DIGITS.findall(text):
-        groups = re.split(r"[\s-]", run)  # other digits (expiry, code) may stand around a card's
+        groups = re.split(r"\D+", run)  # other digits (expiry, code) may stand around a card's
         rows = (itertools.accumulate(groups[at : at + 6]) for at in range(len(groups)))
         if any(map(luhn, filter(CARD.fullmatch, itertools.chain.from_iterable(rows)))):
             return True

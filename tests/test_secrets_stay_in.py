@@ -47,6 +47,13 @@ TOKENS = {
     "Anthropic": "sk-" + "ant-api03-" + MIXED[:90],
     "Hugging Face": "hf" + "_" + MIXED[:34],
     "DigitalOcean": "dop_v1" + "_" + HEX[:64],
+    "Shopify": "shpat" + "_" + HEX[:32],
+    "Square": "sq0csp" + "-" + MIXED[:43],
+    "Docker": "dckr" + "_pat_" + MIXED[:27],
+    "Figma": "figd" + "_" + MIXED[:40],
+    "Linear": "lin_api" + "_" + MIXED[:40],
+    "Atlassian": "ATATT3" + "xFfGF0" + MIXED[:60],
+    "age": "AGE-SECRET-KEY" + "-1" + MIXED.upper()[:58],
     "npm": "npm" + "_" + MIXED[:36],
     "PyPI": "pypi" + "-AgEIcHlwaS5vcmc" + MIXED[:60],
     "SendGrid": "SG" + "." + MIXED[:22] + "." + MIXED[:43],
@@ -72,6 +79,8 @@ CARDS = [
     "6011111111111117", "6011 0009 9013 9424", "3530111333300000", "30569309025904", "3852 0000 0232 37",
     "6240008631401148", "4000 0000 0000 0002", "4444333322221111455", "5200 8282 8282 8210 12/27 123",
     "4111 1111 1111 1111 123", "4111\u00a01111\u00a01111\u00a01111",
+    "4111.1111.1111.1111", "4111_1111_1111_1111", "4111  1111  1111  1111", "4111\u20111111\u20111111\u20111111",
+    "4111\u20131111\u20131111\u20131111", "12/27 4111111111111111 123", "12/27 4111 1111 1111 1111",
 ]  # fmt: skip
 PUBLIC = [
     "Order 1000234987 has shipped", "Order #4539148803436468 has shipped", "Bestellung 2024-0012-7781-9934",
@@ -98,7 +107,8 @@ PUBLIC = [
     "npm_config_cache is full", "Merge branch 'feature/very-long-branch-name-2024'",
     "ERR_CONNECTION_REFUSED_BY_UPSTREAM_HOST_12", "kubernetes.io/ingress.class=nginx",
     "com.example.notifications.DeliveryWorker42", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15", "0.4111111111111111",
-    "100,000,000,000,000", "", " ", "ok", "प्रतिवेदन तैयार है", "새 알림이 있습니다",
+    "100,000,000,000,000", "4.111.111.111.111.111", "Build 2026.1122.0408.1111", "4111.1111.1111.1111.2",
+    "Rows 11/22 of 4111111111111112", "", " ", "ok", "प्रतिवेदन तैयार है", "새 알림이 있습니다",
 ]  # fmt: skip
 
 
