@@ -131,8 +131,7 @@ def test_a_retry_waits_for_the_morning_and_keeps_its_identity(
     drain()
     assert not mailbox.messages
     assert sql("SELECT available_at > now() + interval '1 hour' FROM outbox") == [(True,)]
-    sql(OVER)
-    sql(DUE)
+    reach("alice", quiet_from=None, quiet_to=None)
     drain()
     assert str(message) in str(mailbox.messages[0].message["Message-ID"])
 
