@@ -1243,7 +1243,7 @@ class Worker:
     def __init__(self, settings: Settings, db: Db, intake: Shared, outbound: Outbound) -> None:
         self.settings, self.intake, self.outbound = settings, intake, outbound
         share, mail = -(-settings.delivery_concurrency // 4), bool(settings.smtp_url)
-        self.db = db.bind(share=share, mail=mail)
+        self.db = db.bind(share=share, mail=mail, patience=LONG_PATIENCE)
         self.in_flight: dict[Outgoing, asyncio.Task[None]] = {}
         self.results: list[dict[str, Any]] = []
         self.wake, self.done = asyncio.Event(), asyncio.Event()

@@ -162,3 +162,13 @@ def test_it_happens_by_itself_at_the_start(
         sql(statement)
     delivering(retention_days=7, delivery_concurrency=0)
     eventually(lambda: sql(COUNTS) == [(0, 0, 0)])
+
+
+def test_statements_about_many_rows_have_more_patience_than_a_request(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db, prune = service.service.db, service.service.worker.db.run("prune_rate_limits", room=app.PRUNE_ROWS)
+    monkeypatch.setattr(app, "PATIENCE", 1e-6)
+    with pytest.raises(TimeoutError):
+        service.call(db.one("get_readiness"))
+    assert service.call(prune) == 0
