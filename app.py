@@ -234,8 +234,6 @@ Severity = Literal["info", "success", "warning", "critical"]
 Channel = Literal["email", "push", "webhook"]
 Limit = Annotated[int, Meta(ge=1, le=100)]
 HttpUrl = Annotated[str, Meta(**LOOKS["http_url"])]
-PushUrl = Annotated[str, Meta(**LOOKS["push_url"])]
-TargetUrl = Annotated[str, Meta(**LOOKS["target_url"])]
 EmailAddress = Annotated[str, Meta(**LOOKS["email"])]
 Clock = Annotated[str, Meta(**LOOKS["clock"])]
 Locale = Annotated[str, Meta(**LOOKS["locale"])]
@@ -252,7 +250,7 @@ class NotificationCreate(Struct, frozen=True, forbid_unknown_fields=True, omit_d
     event_name: EventName
     title: Annotated[str, Meta(min_length=1, max_length=200)]
     body: Annotated[str, Meta(max_length=8000)]
-    target_url: TargetUrl | None = None
+    target_url: Annotated[str, Meta(**LOOKS["target_url"])] | None = None
     severity: Severity = "info"
     data: Raw = msgspec.field(default_factory=lambda: Raw(b"{}"))
     resource_id: Key | None = None
@@ -359,7 +357,7 @@ class PushKeys(Struct):
 
 
 class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers may add to it
-    endpoint: PushUrl
+    endpoint: Annotated[str, Meta(**LOOKS["push_url"])]
     keys: PushKeys
 
 
@@ -521,14 +519,19 @@ class Db:
         values = [given[key] for key in query.parameters]
         async with asyncio.timeout(self.bound.get("patience", PATIENCE)):
             try:
-                # In a task of its own: a cancelled query of a hung server would hold the caller too.
-                rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
+                rows = await self.begin(query, kind, values)
             except psycopg.errors.DeadlockDetected:  # nothing was done, and the other one is past by now
-                rows = await asyncio.shield(asyncio.ensure_future(self.fetch(query, kind, values)))
+                rows = await self.begin(query, kind, values)
         if kind is None and rows:
             for user in rows[0].pop("changed", ()):
                 self.changed(user)
         return rows
+
+    def begin(self, query: Query, kind: Kind, values: list[Any]) -> asyncio.Future[Any]:
+        """fetch() in a task of its own: a cancelled query of a hung server would hold the caller too."""
+        task = asyncio.ensure_future(self.fetch(query, kind, values))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody waits
+        return asyncio.shield(task)
 
     async def fetch(self, query: Query, kind: Kind, values: list[Any]) -> Any:
         """Run one statement on a connection of the pool; with rollback bound, as if it had not been."""
@@ -1824,8 +1827,7 @@ async def get_metrics(ask: Ask) -> Reply:
         route, times = ask.bell.answers.popitem()
         METRICS["requests"].labels(*route).inc(times)
     for name, labels, value in rows:
-        gauge = METRICS[name].labels(*labels) if labels else METRICS[name]
-        gauge.set(value)
+        (METRICS[name].labels(*labels) if labels else METRICS[name]).set(value)
     text = prometheus_client.generate_latest(REGISTRY)
     return Reply(text, 200, PRIVATE, prometheus_client.CONTENT_TYPE_LATEST)
 
@@ -2069,6 +2071,7 @@ async def apply_schema(connection: psycopg.AsyncConnection[Any]) -> None:
         raise StartError(f"schema.sql does not apply: {error}") from None
 
 
+PATH_LENGTH = 8192  # the router remembers a thousand; a link to unsubscribe is the longest of ours
 INBOX, ONE, WEBHOOK = "/api/notifications", "/api/notifications/{id:uuid}", "/api/webhooks/{id:uuid}"
 USER, CHOICES = "/api/users/{user_id:str}", "/api/users/{user_id:str}/preferences"
 PUSH = "/api/push/subscriptions"
@@ -2141,9 +2144,6 @@ async def answer(ask: Ask, route: Route) -> Any:
     given = [await ask.read(route.takes)] if route.takes else []
     told = await route.act(ask, *given)
     return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
-
-
-PATH_LENGTH = 8192  # the router remembers a thousand; a link to unsubscribe is the longest of ours
 
 
 async def respond(service: Service, find: Any, scope: Any, receive: Receive, send: Send) -> None:

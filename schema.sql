@@ -153,11 +153,11 @@ CREATE TABLE IF NOT EXISTS outbox (
     CONSTRAINT outbox_pkey PRIMARY KEY (user_id, id)
 ) WITH (fillfactor = 40);              -- claim and finish find room beside what they replace
 COMMENT ON TABLE outbox IS 'one message that leaves';
-CREATE UNIQUE INDEX IF NOT EXISTS outbox_window
-    ON outbox (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL;
-    -- serves: create_notifications (the open window that an event joins)
-CREATE INDEX IF NOT EXISTS outbox_due
-    ON outbox (provider, available_at) WHERE state IN ('open', 'sending', 'pending');
+CREATE UNIQUE INDEX IF NOT EXISTS outbox_open
+    ON outbox (user_id, channel, target, digest) WHERE state = 'open';
+    -- serves: create_notifications (the open window that an event joins; held_tokens)
+CREATE INDEX IF NOT EXISTS outbox_turn
+    ON outbox (provider, critical, available_at) WHERE state IN ('open', 'sending', 'pending');
     -- serves: claim_messages
 CREATE INDEX IF NOT EXISTS outbox_digests
     ON outbox (available_at) WHERE state = 'open' AND digest IS NOT NULL AND token_minute IS NULL;
@@ -255,6 +255,8 @@ CREATE INDEX IF NOT EXISTS intake_reader  -- hash: it holds whatever length
 
 -- Upgrades: dated statements that bring an older release's tables up to what is written above; the views
 -- below stand on them.
+-- 2026-11-22: what is critical goes first; what waits is found by its user, be it a digest or not.
+DROP INDEX IF EXISTS outbox_due, outbox_window;
 -- 2026-11-21: the outbox leaves room for the two versions that follow.
 ALTER TABLE outbox SET (fillfactor = 40);
 -- 2026-11-21: a browser's endpoint is unique, by another index.
@@ -285,6 +287,14 @@ CREATE OR REPLACE VIEW inbox AS
 SELECT id, user_id, event_name, title, body, summary, target_url, severity, data, idempotency_key,
        batch_key, subject_key, read_at, archived_at, created_at, updated_at
 FROM notifications;
+
+-- The tokens of what was never tried yet, by user and lane: it leaves in whatever minute it is claimed, so
+-- each minute begins with them gone. An outage gathers one limit of messages and a digest, however long it is.
+CREATE OR REPLACE VIEW held_tokens AS
+SELECT o.user_id, o.channel || CASE WHEN o.critical THEN ' critical' ELSE '' END AS lane, count(*)::int AS tokens
+FROM outbox o
+WHERE o.state = 'open' AND o.token_minute IS NOT NULL
+GROUP BY 1, 2;
 
 -- The users who are in their quiet hours now, and until when. A wall-clock time that a clock
 -- change skips moves to the next valid minute, one that occurs twice takes the first: between the two

@@ -42,26 +42,33 @@ suspect AS MATERIALIZED (
     ORDER BY s.available_at
     LIMIT 1
 ),
--- The oldest due ones of each provider, locked; an expired lease is due again and counts as a crash. Its turn
--- is how many of its provider go before it, those under way included.
+-- How many each provider may be given now.
+given AS (
+    SELECT room.*, coalesce(suspect.alone, false) AS alone,
+           CASE WHEN suspect.alone THEN (suspect.provider = room.name)::int
+                WHEN suspect.overdue THEN 0
+                ELSE greatest(0, least(room.free, %(room)s::int)) END AS most
+    FROM room LEFT JOIN suspect ON true
+),
+-- The oldest due ones of each provider, the critical ones first, locked; an expired lease is due again and
+-- counts as a crash. Its number is its place among its provider's.
 ready AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.created_at,
-           d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, room.probes,
-           room.channel_free,
-           row_number() OVER (PARTITION BY d.provider ORDER BY d.available_at) - room.free AS turn
-    FROM room
-    LEFT JOIN suspect ON true
+           d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, given.probes,
+           given.channel_free, given.free, given.most,
+           row_number() OVER (PARTITION BY d.provider ORDER BY d.critical DESC, d.available_at) AS number
+    FROM given
+    CROSS JOIN (VALUES (true), (false)) AS lane (critical)
     CROSS JOIN LATERAL (
         SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.created_at,
                o.provider, o.available_at, o.crashes, o.xmin AS version, o.ctid AS place
         FROM outbox o
-        WHERE o.provider = room.name AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
+        WHERE o.provider = given.name AND o.critical = lane.critical
+          AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
           AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
-          AND (o.crashes + (o.state = 'sending')::int >= 3) = coalesce(suspect.alone, false)
+          AND (o.crashes + (o.state = 'sending')::int >= 3) = given.alone
         ORDER BY o.available_at
-        LIMIT CASE WHEN suspect.alone THEN (suspect.provider = room.name)::int
-                   WHEN suspect.overdue THEN 0
-                   ELSE greatest(0, least(room.free, %(room)s::int)) END
+        LIMIT given.most
         FOR UPDATE SKIP LOCKED
     ) d
     -- What joined a digest since this statement began cannot be seen here and would be lost in it.
@@ -70,11 +77,15 @@ ready AS MATERIALIZED (
 ),
 -- Who has the fewest under way comes first: a backlog takes no slot from a host that answers.
 due AS MATERIALIZED (
-    SELECT r.*
-    FROM (SELECT ready.*, row_number() OVER (PARTITION BY channel ORDER BY turn, available_at) AS number
-          FROM ready) r
-    WHERE r.number <= r.channel_free
-    ORDER BY r.turn, r.available_at
+    SELECT t.*
+    FROM (
+        SELECT r.*, r.number - r.free AS turn,
+               row_number() OVER (PARTITION BY r.channel ORDER BY r.number - r.free, r.critical DESC, r.available_at)
+                   AS channel_number
+        FROM ready r WHERE r.number <= r.most
+    ) t
+    WHERE t.channel_number <= t.channel_free
+    ORDER BY t.turn, t.critical DESC, t.available_at
     LIMIT %(room)s::int
 ),
 -- Each message with its address (none: its target is gone) and with what it still has to say. OFFSET 0
@@ -153,7 +164,7 @@ decided AS NOT MATERIALIZED (
     WHERE NOT v.probes OR v.verdict <> 'sending' OR v.place IN (
         SELECT DISTINCT ON (probe.provider) probe.place
         FROM looked probe WHERE probe.probes AND probe.verdict = 'sending'
-        ORDER BY probe.provider, probe.available_at)
+        ORDER BY probe.provider, probe.critical DESC, probe.available_at)
 ),
 -- The next probe waits half a minute.
 probed AS (

@@ -130,8 +130,8 @@ asking AS MATERIALIZED (
     ) lane
     WHERE j.reason IS NULL AND j.way IN ('now', 'critical', 'slot') AND lane.usual > 0
 ),
--- A webhook's counter carries over what was promised to later minutes. The others start anew, but after
--- a minute that overflowed with the token of the digest that leaves then already gone.
+-- A webhook's counter carries over what was promised to later minutes. The others start anew, but with the
+-- tokens gone of what still waits, or after a minute that overflowed of the digests that leave then.
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT owner, lane, target, date_trunc('minute', now()), count(*)
@@ -143,9 +143,14 @@ counted AS MATERIALIZED (
             WHEN r.lane LIKE 'webhook%%'
             THEN greatest(0, r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30)
                              * (extract(epoch FROM EXCLUDED.minute - r.minute) / 60)::int)
-            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
-            THEN (r.used > coalesce((%(limits)s::jsonb ->> r.lane)::int, 30))::int
-            ELSE 0 END
+            ELSE greatest(
+                0,
+                (SELECT h.tokens FROM held_tokens h WHERE h.user_id = r.user_id AND h.lane = r.lane),
+                CASE WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+                     THEN least(r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30),
+                                CASE WHEN r.lane LIKE 'email%%' THEN 1 ELSE
+                                    (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id) END)
+                END) END
     RETURNING r.user_id, r.lane, r.target, r.minute, r.used
 ),
 -- The number each one drew: up to the limit it leaves now, beyond it is folded or waits its turn.

@@ -23,7 +23,7 @@ asking AS MATERIALIZED (
            row_number() OVER (PARTITION BY d.user_id, d.channel ORDER BY d.digest = 'quiet', d.id) AS place
     FROM ready d WHERE d.until IS NULL AND d.channel_limit > 0
 ),
--- As in create_notifications: a minute after one that overflowed begins with that digest's token gone.
+-- As in create_notifications: a minute begins with the tokens gone of what waits and of overflow digests.
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT user_id, channel, %(no_target)s::uuid, date_trunc('minute', now()), count(*)
@@ -32,9 +32,14 @@ counted AS MATERIALIZED (
     SET minute = greatest(r.minute, EXCLUDED.minute),
         used = EXCLUDED.used + CASE
             WHEN r.minute >= EXCLUDED.minute THEN r.used
-            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
-            THEN (r.used > (%(limits)s::jsonb ->> r.lane)::int)::int
-            ELSE 0 END
+            ELSE greatest(
+                0,
+                (SELECT h.tokens FROM held_tokens h WHERE h.user_id = r.user_id AND h.lane = r.lane),
+                CASE WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+                     THEN least(r.used - (%(limits)s::jsonb ->> r.lane)::int,
+                                CASE WHEN r.lane = 'email' THEN 1 ELSE
+                                    (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id) END)
+                END) END
     RETURNING r.user_id, r.lane, r.minute, r.used
 ),
 -- The number each one drew of its user's minute.

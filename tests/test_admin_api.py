@@ -63,7 +63,7 @@ def test_it_lists_what_failed_with_the_providers_words(fail: Any, api: httpx.Cli
         }
         assert (one["user_id"], one["notification_id"], one["attempts"]) == ("alice", id, 1)
     assert len(failed(api, "&channel=email")) == 1 and len(failed(api, "&user_id=alice")) == 2
-    assert failed(api, "&user_id=bob") == failed(api, "&channel=push") == []
+    assert failed(api, "&user_id=bob") == failed(api, "&userId=bob") == failed(api, "&channel=push") == []
     assert api.get("/api/deliveries?status=sent").json()["deliveries"] == []
     problem(api.get("/api/deliveries?status=lost"), 400, "status")
 

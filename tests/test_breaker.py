@@ -223,3 +223,15 @@ def test_many_slow_hosts_leave_room_for_the_other_channels_and_for_each_other(
         webhooks = [message.provider for message in later if message.channel == "webhook"]
         assert len(webhooks) == 2 and not {hosts[0], hosts[1]} & set(webhooks)
         sql("DELETE FROM outbox")
+
+
+def test_a_critical_one_overtakes_what_waits_for_the_same_server(
+    service: Running, burst: Any, post: Any, mailbox: Mailbox, drain: Any
+) -> None:
+    with service.paused():
+        burst(20)
+        fire = post(title="Fire", severity="critical")
+    drain()
+    assert len(mailbox.messages) == 21
+    first = mailbox.messages[:4]  # as many are under way at once
+    assert any(fire["id"] in letter.text for letter in first)

@@ -334,6 +334,21 @@ def test_check_is_content_or_prints_a_line_for_each_fault(bellhop: Any, sql: Sql
     assert "create_api_key" in err and "get_api_key" in err
 
 
+def test_a_database_that_goes_away_meanwhile_is_one_line(
+    bellhop: Any, sql: Sql, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of another command does which had started it and ends; here a plan ends its own connection."""
+    sql("CREATE FUNCTION go_away() RETURNS boolean IMMUTABLE LANGUAGE sql"
+        " AS 'SELECT pg_terminate_backend(pg_backend_pid())'")  # fmt: skip
+    (tmp_path / "away.sql").write_text("SELECT go_away()")
+    monkeypatch.setitem(app.QUERIES, "away", app.Query(tmp_path / "away.sql"))
+    try:
+        code, out, err = bellhop("key", "list")
+    finally:
+        sql("DROP FUNCTION go_away")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "the database went away" in err
+
+
 def test_an_unknown_command_ends_with_2(bellhop: Any) -> None:
     code, out, err = bellhop("frobnicate")
     assert code == 2 and out == "" and "frobnicate" in err

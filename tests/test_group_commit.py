@@ -1,6 +1,7 @@
 """Requests in flight together share one statement, and none of them pays for another's fault."""
 
 import asyncio
+import gc
 import json
 import threading
 from collections.abc import Callable
@@ -112,6 +113,20 @@ def test_a_locked_row_delays_its_own_request_alone(
         assert [reply.status_code for reply in replies] == [503] + [201] * 5
         stranger.rollback()
     assert at_once(requests[:1], key)[0].status_code == 201
+
+
+def test_a_statement_that_gives_up_after_its_request_leaves_no_trace(
+    serve: Callable[..., Running], database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = serve(delivery_concurrency=0)
+    pool, db = service.service.pool, service.service.db.bind(patience=0.2)
+    with psycopg.connect(database) as stranger:
+        stranger.execute("INSERT INTO notification_preferences (user_id) VALUES ('alice')")
+        with pytest.raises(TimeoutError):
+            service.call(db.run("update_unsubscribed", user_id="alice", event=None))
+        eventually(lambda: pool.get_stats()["pool_available"] == pool.get_stats()["pool_size"])
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_everyone_gets_their_own_row_back(

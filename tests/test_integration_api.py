@@ -132,6 +132,21 @@ def test_erasing_removes_every_trace_of_the_user_and_nobody_elses(
     assert alice.get("/api/unread-count").json() == {"unread_count": 0}
 
 
+def test_what_is_about_all_that_a_user_has_may_take_longer_than_a_request_else(
+    sender: httpx.Client, sql: Sql
+) -> None:
+    """Else the caller is told 503 of what goes on and succeeds."""
+    sql("CREATE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql"
+        " AS 'BEGIN PERFORM pg_sleep(3); RETURN OLD; END'")  # fmt: skip
+    sql("CREATE TRIGGER slow BEFORE DELETE ON notifications FOR EACH ROW EXECUTE FUNCTION take_time()")
+    try:
+        assert sender.post("/api/notifications", json=NOTE).status_code == 201
+        assert sender.delete("/api/users/alice").status_code == 204
+    finally:
+        sql("DROP FUNCTION take_time CASCADE")
+    assert sql("SELECT count(*) FROM notifications") == [(0,)]
+
+
 # ─── Tokens ───
 
 

@@ -18,7 +18,7 @@ BIG = {"notifications", "outbox", "deliveries"}
 # Time-ordered ids of a million milliseconds; every twentieth notification is one heavy reader's.
 UUID = "(lpad(to_hex(1700000000000 + n), 12, '0') || '70008000' || lpad(to_hex(n), 12, '0'))::uuid"
 FILL = f"""
-    DROP INDEX notifications_idempotency_key, notifications_unread, notifications_unsettled, outbox_window, outbox_due,
+    DROP INDEX notifications_idempotency_key, notifications_unread, notifications_unsettled, outbox_open, outbox_turn,
                outbox_suspects, outbox_finished, deliveries_message, deliveries_id;
     INSERT INTO notifications (user_id, id, event_name, title, body, severity, idempotency_key, subject_key, read_at,
                                archived_at)
@@ -155,7 +155,7 @@ def test_the_four_queries_that_matter_most_are_served_by_an_index() -> None:
     assert serving("list_notifications") >= {"notifications_pkey", "notifications_unread"}
     assert "notifications_unread" in serving("get_unread_count")
     assert "notifications_idempotency_key" in serving("create_notifications")
-    assert "outbox_due" in serving("claim_messages")
+    assert "outbox_turn" in serving("claim_messages")
 
 
 def test_reading_from_end_to_end_is_noticed(explain: Explain) -> None:

@@ -142,6 +142,24 @@ def test_an_overflow_digest_costs_a_message_of_the_minute_it_leaves_in(
     assert mailed(sql) == Counter(first + second)
 
 
+def test_an_outage_of_many_minutes_gathers_one_limit_of_messages_and_a_digest(
+    service: Running, mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+) -> None:
+    """What still waits holds its token: else each minute without a mail server would add a limit."""
+    with service.paused():
+        ids = list[str]()
+        for _ in range(4):
+            ids += burst(7) + burst(1, batch_key=f"key {len(ids)}")
+            for statement in NEXT_MINUTE:
+                sql(statement)
+            sql("UPDATE outbox SET available_at = now() WHERE digest LIKE 'key:%'")
+            service.call(service.service.worker.db.run("update_due_digests"))
+    drain()
+    subjects = sorted(letter.subject for letter in mailbox.messages)
+    assert subjects == ["27 notifications", *(f"warning {n:03}" for n in range(5))]
+    assert mailed(sql) == Counter(ids)
+
+
 def test_a_batch_digest_over_the_limit_leaves_with_the_overflow(
     mail_to_alice: None,
     burst: Any,
@@ -234,6 +252,26 @@ def test_pushes_over_the_limit_fold_into_one_that_replaces_the_last(
     topics = [hit.headers["Topic"] for hit in pushbox.taken]
     assert topics[-1] == topics[3] and len(set(topics)) == len(topics) - 1
     assert mailed(sql) == Counter(ids)
+
+
+def test_each_browser_has_its_digest_and_each_digest_its_token(
+    reach: Callable[..., None], burst: Any, alice: httpx.Client, pushbox: Pushbox, turn_the_minute: Any,
+    drain: Callable[[], None], sql: Sql,
+) -> None:  # fmt: skip
+    reach("alice", push_enabled=True)
+    for _ in range(2):
+        assert alice.post("/api/push/subscriptions", json=pushbox.subscription().to_json()).is_success
+    ids = list[str]()
+    for leave_now in (3, 1, 1):
+        before = len(pushbox.messages)
+        ids += burst(4)
+        drain()
+        assert len(pushbox.messages) == before + leave_now
+        turn_the_minute()
+        digests = sorted(shown["title"] for shown in pushbox.messages[before + leave_now :])
+        alone = leave_now // 2  # notifications that both browsers showed at once
+        assert digests == [f"{3 - alone} notifications", f"{4 - alone} notifications"]
+    assert mailed(sql) == Counter(ids * 2)
 
 
 def test_webhooks_over_the_limit_wait_one_by_one_for_a_minute_with_room(
