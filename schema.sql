@@ -155,7 +155,7 @@ CREATE TABLE IF NOT EXISTS outbox (
 COMMENT ON TABLE outbox IS 'one message that leaves';
 CREATE UNIQUE INDEX IF NOT EXISTS outbox_open
     ON outbox (user_id, channel, target, digest) WHERE state = 'open';
-    -- serves: create_notifications (the open window that an event joins; held_tokens)
+    -- serves: create_notifications (the open window that an event joins, what else waits)
 CREATE INDEX IF NOT EXISTS outbox_turn
     ON outbox (provider, critical, available_at) WHERE state IN ('open', 'sending', 'pending');
     -- serves: claim_messages
@@ -287,14 +287,6 @@ CREATE OR REPLACE VIEW inbox AS
 SELECT id, user_id, event_name, title, body, summary, target_url, severity, data, idempotency_key,
        batch_key, subject_key, read_at, archived_at, created_at, updated_at
 FROM notifications;
-
--- The tokens of what was never tried yet, by user and lane: it leaves in whatever minute it is claimed, so
--- each minute begins with them gone. An outage gathers one limit of messages and a digest, however long it is.
-CREATE OR REPLACE VIEW held_tokens AS
-SELECT o.user_id, o.channel || CASE WHEN o.critical THEN ' critical' ELSE '' END AS lane, count(*)::int AS tokens
-FROM outbox o
-WHERE o.state = 'open' AND o.token_minute IS NOT NULL
-GROUP BY 1, 2;
 
 -- The users who are in their quiet hours now, and until when. A wall-clock time that a clock
 -- change skips moves to the next valid minute, one that occurs twice takes the first: between the two

@@ -117,10 +117,16 @@ judged AS MATERIALIZED (
                    (SELECT q.until FROM quiet_users q WHERE q.user_id = c.user_id) END AS until
     ) quiet
 ),
--- What asks for a token now: its lane, the lane's limit and its place among the lane's new ones.
+-- What asks for a token now: its lane, the lane's limit, its place among the lane's new ones, and how many of
+-- earlier minutes still wait to go its way: in an outage each minute would add a limit of messages else.
 asking AS MATERIALIZED (
     SELECT j.delivery_id, lane.*, CASE WHEN j.way = 'critical' THEN 30 ELSE lane.usual END AS channel_limit,
-           row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place
+           row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place,
+           CASE WHEN j.channel = 'webhook' THEN 0 ELSE (
+               SELECT count(*) FROM outbox o
+               WHERE o.user_id = j.user_id AND o.channel = j.channel AND o.target = j.target AND o.state = 'open'
+                 AND o.critical = (j.way = 'critical') AND o.token_minute < date_trunc('minute', now())
+           ) END AS waiting
     FROM judged j
     CROSS JOIN LATERAL (
         SELECT CASE WHEN j.way = 'slot' THEN '' ELSE j.user_id END AS owner,
@@ -130,8 +136,8 @@ asking AS MATERIALIZED (
     ) lane
     WHERE j.reason IS NULL AND j.way IN ('now', 'critical', 'slot') AND lane.usual > 0
 ),
--- A webhook's counter carries over what was promised to later minutes. The others start anew, but with the
--- tokens gone of what still waits, or after a minute that overflowed of the digests that leave then.
+-- A webhook's counter carries over what was promised to later minutes. The others start anew, but after
+-- a minute that overflowed with the tokens of the digests that leave then (a browser has its own) already gone.
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT owner, lane, target, date_trunc('minute', now()), count(*)
@@ -143,20 +149,18 @@ counted AS MATERIALIZED (
             WHEN r.lane LIKE 'webhook%%'
             THEN greatest(0, r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30)
                              * (extract(epoch FROM EXCLUDED.minute - r.minute) / 60)::int)
-            ELSE greatest(
-                0,
-                (SELECT h.tokens FROM held_tokens h WHERE h.user_id = r.user_id AND h.lane = r.lane),
-                CASE WHEN r.minute = EXCLUDED.minute - interval '1 minute'
-                     THEN least(r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30),
-                                CASE WHEN r.lane LIKE 'email%%' THEN 1 ELSE
-                                    (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id) END)
-                END) END
+            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+            THEN greatest(0, least(r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30),
+                                   CASE WHEN r.lane LIKE 'email%%' THEN 1 ELSE
+                                       (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id)
+                                   END))
+            ELSE 0 END
     RETURNING r.user_id, r.lane, r.target, r.minute, r.used
 ),
 -- The number each one drew: up to the limit it leaves now, beyond it is folded or waits its turn.
 drawn AS MATERIALIZED (
     SELECT a.delivery_id, a.channel_limit, c.minute,
-           c.used - max(a.place) OVER (PARTITION BY a.owner, a.lane, a.target) + a.place AS number
+           a.waiting + c.used - max(a.place) OVER (PARTITION BY a.owner, a.lane, a.target) + a.place AS number
     FROM asking a
     JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
 ),

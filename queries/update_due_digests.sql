@@ -17,13 +17,17 @@ ready AS MATERIALIZED (
     SELECT d.* FROM due d
     WHERE d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
 ),
--- Those that may leave if there is a token; nobody asks for one in quiet hours.
+-- Those that may leave if there is a token; nobody asks for one in quiet hours. What still waits of earlier
+-- minutes counts like what leaves in this one, as in create_notifications.
 asking AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.channel_limit,
-           row_number() OVER (PARTITION BY d.user_id, d.channel ORDER BY d.digest = 'quiet', d.id) AS place
+           row_number() OVER (PARTITION BY d.user_id, d.channel ORDER BY d.digest = 'quiet', d.id) AS place,
+           (SELECT count(*) FROM outbox o
+            WHERE o.user_id = d.user_id AND o.channel = d.channel AND o.target = d.target AND o.state = 'open'
+              AND NOT o.critical AND o.token_minute < date_trunc('minute', now())) AS waiting
     FROM ready d WHERE d.until IS NULL AND d.channel_limit > 0
 ),
--- As in create_notifications: a minute begins with the tokens gone of what waits and of overflow digests.
+-- As in create_notifications: a minute after one that overflowed begins with those digests' tokens gone.
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT user_id, channel, %(no_target)s::uuid, date_trunc('minute', now()), count(*)
@@ -32,20 +36,18 @@ counted AS MATERIALIZED (
     SET minute = greatest(r.minute, EXCLUDED.minute),
         used = EXCLUDED.used + CASE
             WHEN r.minute >= EXCLUDED.minute THEN r.used
-            ELSE greatest(
-                0,
-                (SELECT h.tokens FROM held_tokens h WHERE h.user_id = r.user_id AND h.lane = r.lane),
-                CASE WHEN r.minute = EXCLUDED.minute - interval '1 minute'
-                     THEN least(r.used - (%(limits)s::jsonb ->> r.lane)::int,
-                                CASE WHEN r.lane = 'email' THEN 1 ELSE
-                                    (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id) END)
-                END) END
+            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+            THEN greatest(0, least(r.used - (%(limits)s::jsonb ->> r.lane)::int,
+                                   CASE WHEN r.lane = 'email' THEN 1 ELSE
+                                       (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id)
+                                   END))
+            ELSE 0 END
     RETURNING r.user_id, r.lane, r.minute, r.used
 ),
 -- The number each one drew of its user's minute.
 drawn AS MATERIALIZED (
     SELECT a.user_id, a.id, a.channel_limit, c.minute,
-           c.used - max(a.place) OVER (PARTITION BY a.user_id, a.channel) + a.place AS number
+           a.waiting + c.used - max(a.place) OVER (PARTITION BY a.user_id, a.channel) + a.place AS number
     FROM asking a JOIN counted c ON c.user_id = a.user_id AND c.lane = a.channel
 ),
 -- What may not leave now, where it collects instead and until when.

@@ -145,7 +145,7 @@ def test_an_overflow_digest_costs_a_message_of_the_minute_it_leaves_in(
 def test_an_outage_of_many_minutes_gathers_one_limit_of_messages_and_a_digest(
     service: Running, mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
 ) -> None:
-    """What still waits holds its token: else each minute without a mail server would add a limit."""
+    """Else each minute without a mail server would add a limit of messages that all leave when it is back."""
     with service.paused():
         ids = list[str]()
         for _ in range(4):
@@ -158,6 +158,27 @@ def test_an_outage_of_many_minutes_gathers_one_limit_of_messages_and_a_digest(
     subjects = sorted(letter.subject for letter in mailbox.messages)
     assert subjects == ["27 notifications", *(f"warning {n:03}" for n in range(5))]
     assert mailed(sql) == Counter(ids)
+
+
+def test_what_waits_for_one_browsers_service_takes_no_room_from_another_browser(
+    reach: Callable[..., None], burst: Any, alice: httpx.Client, pushbox: Pushbox, sql: Sql, drain: Callable[[], None]
+) -> None:  # fmt: skip
+    reach("alice", push_enabled=True)
+    for address in (pushbox.url, "http://127.0.0.1:9"):
+        browser = pushbox.subscription().to_json()
+        browser["endpoint"] = browser["endpoint"].replace(pushbox.url, address)
+        assert alice.post("/api/push/subscriptions", json=browser).status_code == 201
+    sql("INSERT INTO breakers VALUES ('push:127.0.0.1:9', 10, now() + interval '1 hour')")
+    for number in range(1, 6):
+        burst(1)
+        drain()
+        assert [shown["title"] for shown in pushbox.messages] == ["warning 000"] * number
+        for statement in NEXT_MINUTE:
+            sql(statement)
+    waiting = sql("SELECT digest, count(*) FROM outbox WHERE state = 'open' GROUP BY 1 ORDER BY 1")
+    assert waiting == [("overflow", 1), (None, 2)], (
+        "of a limit of three each minute the other browser took one"
+    )
 
 
 def test_a_batch_digest_over_the_limit_leaves_with_the_overflow(
