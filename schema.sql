@@ -153,8 +153,9 @@ CREATE TABLE IF NOT EXISTS outbox (
     CONSTRAINT outbox_pkey PRIMARY KEY (user_id, id)
 ) WITH (fillfactor = 40);              -- claim and finish find room beside what they replace
 COMMENT ON TABLE outbox IS 'one message that leaves';
-CREATE UNIQUE INDEX IF NOT EXISTS outbox_open
-    ON outbox (user_id, channel, target, digest) WHERE state = 'open';
+CREATE UNIQUE INDEX IF NOT EXISTS outbox_waiting
+    ON outbox (user_id, channel, target, (CASE WHEN state = 'open' THEN digest END))
+    WHERE state IN ('open', 'pending');
     -- serves: create_notifications (the open window that an event joins, what else waits)
 CREATE INDEX IF NOT EXISTS outbox_turn
     ON outbox (provider, critical, available_at) WHERE state IN ('open', 'sending', 'pending');

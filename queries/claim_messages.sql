@@ -42,13 +42,14 @@ suspect AS MATERIALIZED (
     ORDER BY s.available_at
     LIMIT 1
 ),
--- How many each provider may be given now.
+-- How many each provider may be given now; what is critical finds a slot more than the others may fill.
 given AS (
-    SELECT room.*, coalesce(suspect.alone, false) AS alone,
+    SELECT room.*, lane.critical, coalesce(suspect.alone, false) AS alone,
            CASE WHEN suspect.alone THEN (suspect.provider = room.name)::int
                 WHEN suspect.overdue THEN 0
-                ELSE greatest(0, least(room.free, %(room)s::int)) END AS most
+                ELSE greatest(0, least(room.free + lane.critical::int, %(room)s::int)) END AS most
     FROM room LEFT JOIN suspect ON true
+    CROSS JOIN (VALUES (true), (false)) AS lane (critical)
 ),
 -- The oldest due ones of each provider, the critical ones first, locked; an expired lease is due again and
 -- counts as a crash. Its number is its place among its provider's.
@@ -58,12 +59,11 @@ ready AS MATERIALIZED (
            given.channel_free, given.free, given.most,
            row_number() OVER (PARTITION BY d.provider ORDER BY d.critical DESC, d.available_at) AS number
     FROM given
-    CROSS JOIN (VALUES (true), (false)) AS lane (critical)
     CROSS JOIN LATERAL (
         SELECT o.user_id, o.id, o.channel, o.target, o.digest, o.critical, o.state, o.created_at,
                o.provider, o.available_at, o.crashes, o.xmin AS version, o.ctid AS place
         FROM outbox o
-        WHERE o.provider = given.name AND o.critical = lane.critical
+        WHERE o.provider = given.name AND o.critical = given.critical
           AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
           AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
           AND (o.crashes + (o.state = 'sending')::int >= 3) = given.alone
@@ -75,17 +75,18 @@ ready AS MATERIALIZED (
     WHERE d.digest IS NULL
        OR d.version = (SELECT seen.xmin FROM outbox seen WHERE seen.user_id = d.user_id AND seen.id = d.id)
 ),
--- Who has the fewest under way comes first: a backlog takes no slot from a host that answers.
+-- What is critical comes first, then who has the fewest under way: a backlog takes no slot from a host that
+-- answers.
 due AS MATERIALIZED (
     SELECT t.*
     FROM (
         SELECT r.*, r.number - r.free AS turn,
-               row_number() OVER (PARTITION BY r.channel ORDER BY r.number - r.free, r.critical DESC, r.available_at)
-                   AS channel_number
+               row_number() OVER (PARTITION BY r.channel
+                                  ORDER BY r.critical DESC, r.number - r.free, r.available_at) AS channel_number
         FROM ready r WHERE r.number <= r.most
     ) t
-    WHERE t.channel_number <= t.channel_free
-    ORDER BY t.turn, t.critical DESC, t.available_at
+    WHERE t.channel_number <= t.channel_free + t.critical::int
+    ORDER BY t.critical DESC, t.turn, t.available_at
     LIMIT %(room)s::int
 ),
 -- Each message with its address (none: its target is gone) and with what it still has to say. OFFSET 0

@@ -123,9 +123,14 @@ asking AS MATERIALIZED (
     SELECT j.delivery_id, lane.*, CASE WHEN j.way = 'critical' THEN 30 ELSE lane.usual END AS channel_limit,
            row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place,
            CASE WHEN j.channel = 'webhook' THEN 0 ELSE (
-               SELECT count(*) FROM outbox o
-               WHERE o.user_id = j.user_id AND o.channel = j.channel AND o.target = j.target AND o.state = 'open'
-                 AND o.critical = (j.way = 'critical') AND o.token_minute < date_trunc('minute', now())
+               SELECT count(*) FROM (
+                   SELECT FROM outbox o
+                   WHERE o.user_id = j.user_id AND o.channel = j.channel AND o.target = j.target
+                     AND o.state IN ('open', 'pending') AND o.critical = (j.way = 'critical')
+                     AND o.token_minute < date_trunc('minute', now())
+                   -- In the order of the index, or the planner reads the table where most of it is one user's.
+                   ORDER BY CASE WHEN o.state = 'open' THEN o.digest END
+                   LIMIT CASE WHEN j.way = 'critical' THEN 30 ELSE lane.usual END) early
            ) END AS waiting
     FROM judged j
     CROSS JOIN LATERAL (
@@ -136,8 +141,8 @@ asking AS MATERIALIZED (
     ) lane
     WHERE j.reason IS NULL AND j.way IN ('now', 'critical', 'slot') AND lane.usual > 0
 ),
--- A webhook's counter carries over what was promised to later minutes. The others start anew, but after
--- a minute that overflowed with the tokens of the digests that leave then (a browser has its own) already gone.
+-- A webhook's counter carries over what was promised to later minutes. The others start anew, with what waits
+-- for every target, and after a minute that overflowed with the digests that leave then (each browser has one).
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT owner, lane, target, date_trunc('minute', now()), count(*)
@@ -149,20 +154,23 @@ counted AS MATERIALIZED (
             WHEN r.lane LIKE 'webhook%%'
             THEN greatest(0, r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30)
                              * (extract(epoch FROM EXCLUDED.minute - r.minute) / 60)::int)
-            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
-            THEN greatest(0, least(r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30),
-                                   CASE WHEN r.lane LIKE 'email%%' THEN 1 ELSE
-                                       (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id)
-                                   END))
-            ELSE 0 END
+            ELSE (SELECT min(a.waiting) FROM asking a WHERE a.owner = r.user_id AND a.lane = r.lane)
+                 + CASE WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+                        THEN greatest(0, least(r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30),
+                                               CASE WHEN r.lane LIKE 'email%%' THEN 1 ELSE
+                                                   (SELECT count(*) FROM push_subscriptions s
+                                                    WHERE s.user_id = r.user_id) END))
+                        ELSE 0 END
+            END
     RETURNING r.user_id, r.lane, r.target, r.minute, r.used
 ),
 -- The number each one drew: up to the limit it leaves now, beyond it is folded or waits its turn.
 drawn AS MATERIALIZED (
     SELECT a.delivery_id, a.channel_limit, c.minute,
-           a.waiting + c.used - max(a.place) OVER (PARTITION BY a.owner, a.lane, a.target) + a.place AS number
+           c.used - max(a.place) OVER lane + a.place + a.waiting - min(a.waiting) OVER lane AS number
     FROM asking a
     JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
+    WINDOW lane AS (PARTITION BY a.owner, a.lane, a.target)
 ),
 -- Where each one collects (nowhere: it leaves alone), and when it leaves.
 timed AS MATERIALIZED (
@@ -198,7 +206,8 @@ opened AS MATERIALIZED (
                  way = 'critical' DESC, n
     ) first_of_message
     ORDER BY user_id, channel, target, digest, n
-    ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
+    ON CONFLICT (user_id, channel, target, (CASE WHEN state = 'open' THEN digest END))
+        WHERE state IN ('open', 'pending')
     DO UPDATE SET critical = o.critical OR EXCLUDED.critical  -- a claim sees by this write that it grew
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest, o.available_at
 ),

@@ -22,12 +22,16 @@ ready AS MATERIALIZED (
 asking AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.channel_limit,
            row_number() OVER (PARTITION BY d.user_id, d.channel ORDER BY d.digest = 'quiet', d.id) AS place,
-           (SELECT count(*) FROM outbox o
-            WHERE o.user_id = d.user_id AND o.channel = d.channel AND o.target = d.target AND o.state = 'open'
-              AND NOT o.critical AND o.token_minute < date_trunc('minute', now())) AS waiting
+           (SELECT count(*) FROM (
+                SELECT FROM outbox o
+                WHERE o.user_id = d.user_id AND o.channel = d.channel AND o.target = d.target
+                  AND o.state IN ('open', 'pending') AND NOT o.critical
+                  AND o.token_minute < date_trunc('minute', now())
+                ORDER BY CASE WHEN o.state = 'open' THEN o.digest END
+                LIMIT d.channel_limit) early) AS waiting
     FROM ready d WHERE d.until IS NULL AND d.channel_limit > 0
 ),
--- As in create_notifications: a minute after one that overflowed begins with those digests' tokens gone.
+-- As in create_notifications: a minute begins with what waits and with the digests of one that overflowed.
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT user_id, channel, %(no_target)s::uuid, date_trunc('minute', now()), count(*)
@@ -36,19 +40,22 @@ counted AS MATERIALIZED (
     SET minute = greatest(r.minute, EXCLUDED.minute),
         used = EXCLUDED.used + CASE
             WHEN r.minute >= EXCLUDED.minute THEN r.used
-            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
-            THEN greatest(0, least(r.used - (%(limits)s::jsonb ->> r.lane)::int,
-                                   CASE WHEN r.lane = 'email' THEN 1 ELSE
-                                       (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id)
-                                   END))
-            ELSE 0 END
+            ELSE (SELECT min(a.waiting) FROM asking a WHERE a.user_id = r.user_id AND a.channel = r.lane)
+                 + CASE WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+                        THEN greatest(0, least(r.used - (%(limits)s::jsonb ->> r.lane)::int,
+                                               CASE WHEN r.lane = 'email' THEN 1 ELSE
+                                                   (SELECT count(*) FROM push_subscriptions s
+                                                    WHERE s.user_id = r.user_id) END))
+                        ELSE 0 END
+            END
     RETURNING r.user_id, r.lane, r.minute, r.used
 ),
 -- The number each one drew of its user's minute.
 drawn AS MATERIALIZED (
     SELECT a.user_id, a.id, a.channel_limit, c.minute,
-           a.waiting + c.used - max(a.place) OVER (PARTITION BY a.user_id, a.channel) + a.place AS number
+           c.used - max(a.place) OVER lane + a.place + a.waiting - min(a.waiting) OVER lane AS number
     FROM asking a JOIN counted c ON c.user_id = a.user_id AND c.lane = a.channel
+    WINDOW lane AS (PARTITION BY a.user_id, a.channel)
 ),
 -- What may not leave now, where it collects instead and until when.
 held AS MATERIALIZED (
@@ -67,9 +74,13 @@ opened AS MATERIALIZED (
            folder, leaves, CASE folder WHEN 'overflow' THEN leaves END, provider
     FROM held
     ORDER BY user_id, channel, target, folder
-    -- A quiet digest that is itself held goes on to the end of the new quiet hours.
-    ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
-    DO UPDATE SET available_at = CASE WHEN o.digest = 'quiet' THEN EXCLUDED.available_at ELSE o.available_at END
+    -- A quiet digest that is itself held goes on to the end of the new quiet hours, and an overflow digest
+    -- that lost its token to a night gets that of the next minute.
+    ON CONFLICT (user_id, channel, target, (CASE WHEN state = 'open' THEN digest END))
+        WHERE state IN ('open', 'pending')
+    DO UPDATE SET available_at = CASE WHEN o.digest = 'quiet' OR o.token_minute IS NULL
+                                      THEN EXCLUDED.available_at ELSE o.available_at END,
+                  token_minute = coalesce(o.token_minute, EXCLUDED.token_minute)
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest
 ),
 -- Its items change over,

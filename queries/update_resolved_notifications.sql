@@ -6,7 +6,7 @@ WITH settled AS (
     WHERE subject_key = %(subject_key)s::text AND (read_at IS NULL OR archived_at IS NULL)
     RETURNING user_id, id
 ),
--- Locked, so that none of them is claimed meanwhile.
+-- Locked, so that none of them is claimed meanwhile; in the order in which creates lock what they join.
 waiting AS MATERIALIZED (
     SELECT o.user_id, o.id
     FROM outbox o
@@ -14,7 +14,7 @@ waiting AS MATERIALIZED (
       AND (o.user_id, o.id) IN (
           SELECT d.user_id, d.message_id FROM deliveries d
           JOIN settled s ON s.user_id = d.user_id AND s.id = d.notification_id AND d.status = 'queued')
-    ORDER BY o.user_id, o.id
+    ORDER BY o.user_id, o.channel, o.target, o.digest, o.id
     FOR UPDATE
 ),
 -- As in delete_outbox_message: a claim that began before notices what is written here.

@@ -235,3 +235,24 @@ def test_a_critical_one_overtakes_what_waits_for_the_same_server(
     assert len(mailbox.messages) == 21
     first = mailbox.messages[:4]  # as many are under way at once
     assert any(fire["id"] in letter.text for letter in first)
+
+
+def test_a_critical_one_finds_a_slot_that_others_cannot_fill(
+    service: Running, burst: Any, post: Any, sql: Sql
+) -> None:
+    """Mails that hang until their timeout may fill the share of their server."""
+    with service.paused():
+        burst(9)
+        post(title="Fire", severity="critical")
+        post(title="Flood", severity="critical")
+        claim = functools.partial(
+            service.service.worker.db.many, "claim_messages", app.outgoing, room=12, share=4, mail=True
+        )
+        assert [line.text for line in texts(service.call(claim(busy='{"email": 4}')))] == ["Fire"]
+        assert service.call(claim(busy='{"email": 5}')) == []
+        assert {line.text for line in texts(service.call(claim(busy='{"email": 2}')))} > {"Flood"}
+        sql("DELETE FROM outbox")
+
+
+def texts(claimed: list[Any]) -> list[app.Line]:
+    return [line for message in claimed for line in message.lines]

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import jwt
+import psycopg
 import pytest
-from conftest import SECRET, Running, browser, problem, user_token
+from conftest import SECRET, Running, app, browser, problem, user_token
 
 Json = dict[str, Any]
 Post = Callable[..., Json]
@@ -192,6 +194,39 @@ def test_resolving_a_subject_reads_and_archives_it_for_everyone(
     assert sender.post("/api/resolve", json={"subject_key": "invoice:%"}).json() == {"resolved": 0}
     problem(sender.post("/api/resolve", json={}), 400, "subject_key")
     problem(sender.post("/api/resolve", json={"subject_key": ""}), 400, "subject_key")
+
+
+def test_resolving_beside_creates_that_join_the_same_digests_never_deadlocks(
+    sender: httpx.Client, reach: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadlock is repeated and costs its requests a second each: it shows in the statements alone."""
+    users, deadlocks, fetch = [f"user-{n}" for n in range(20)], list[Any](), app.Db.fetch
+
+    async def watched(db: app.Db, *given: Any) -> Any:
+        try:
+            return await fetch(db, *given)
+        except psycopg.errors.DeadlockDetected as error:
+            deadlocks.append(error)
+            raise
+
+    def create(keys: str, **more: str) -> None:
+        asked = NOTE | {"severity": "warning"} | more
+        items = [asked | {"user_id": user, "batch_key": key} for user in users for key in keys]
+        assert sender.post("/api/notifications/batch", json={"notifications": items}).status_code == 201
+
+    def work(subject: str) -> None:
+        for _ in range(12):
+            create("awxyz", subject_key=subject)
+            assert sender.post("/api/resolve", json={"subject_key": subject}).status_code == 200
+
+    monkeypatch.setattr(app.Db, "fetch", watched)
+    for user in users:
+        reach(user, email=f"{user}@example.org", email_enabled=True, digest_minutes=60)
+    for key in "zyxwa":  # the messages' ids grow while their keys fall
+        create(key)
+    with ThreadPoolExecutor(3) as workers:
+        list(workers.map(work, ["one", "two", "three"]))
+    assert deadlocks == []
 
 
 def test_resolving_reads_what_was_archived_unread(

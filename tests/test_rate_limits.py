@@ -348,6 +348,28 @@ def test_the_answer_tells_when_each_message_leaves(
     assert re.search(r":00(\.0+)?(Z|\+00:00)$", delivery["available_at"])
 
 
+def test_an_overflow_digest_that_a_night_held_leaves_with_the_next_minute(
+    delivering: Callable[..., Running], service: Running, mail_to_alice: None, sql: Sql, mailbox: Mailbox,
+    turn_the_minute: Callable[[], None],
+) -> None:  # fmt: skip
+    """With a limit of one its own token was the one it lacked: it was folded into itself for ever."""
+    strict = delivering(email_per_minute=1, delivery_concurrency=0)
+    asked = app.NotificationCreate(event_name="e", title="t", body="", severity="warning")
+    with service.paused(), strict.paused():
+        strict.call(strict.service.intake.ask([app.make_item("alice", asked) for _ in range(3)]))
+        sql("UPDATE outbox SET state = 'sent', finished_at = now() WHERE digest IS NULL")
+        for statement in NEXT_MINUTE:
+            sql(statement)
+        sql("UPDATE outbox SET token_minute = NULL WHERE digest = 'overflow'")  # as a claim at night does
+        for _ in range(3):
+            strict.call(strict.service.worker.db.run("update_due_digests"))
+        assert sql(
+            "SELECT token_minute = available_at AND available_at > now() FROM outbox WHERE state = 'open'"
+        ) == [(True,)]
+    turn_the_minute()
+    assert [letter.subject for letter in mailbox.messages] == ["2 notifications"]
+
+
 def test_a_digest_that_is_folded_takes_along_what_was_skipped_in_it(
     mail_to_alice: None, burst: Any, alice: httpx.Client, sql: Sql, drain: Callable[[], None]
 ) -> None:
