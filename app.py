@@ -49,7 +49,7 @@ from email.policy import SMTP as SMTP_POLICY
 from email.utils import parseaddr, parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import parse_qsl, unquote_to_bytes, urlencode
 from uuid import UUID
 
 import aiohttp
@@ -685,7 +685,7 @@ class Gatekeeper:
         if proxy and not demo:
             refuse_other_sites(ask, strict=False)
         if name := demo or proxy:
-            user = user_name(name.encode("latin-1"))
+            user = short_text(name.encode("latin-1"), 200, "unauthorized")
             return Caller("demo" if demo else "user", user, admin=user in settings.admins)
         cookie = re.search(rf"(?:^|;) *{COOKIE}=([^;]*)", ask.header("cookie"))
         _, user, claims = self.read_token(cookie[1].strip() if cookie else "", "session")
@@ -710,7 +710,7 @@ class Gatekeeper:
             needed = ["sub"] if kind == "unsubscribe" else ["sub", "exp"]  # old mails are read too
             with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError):
                 claims = jwt.decode(token, key, [algorithm], {"require": needed}, audience=audience)
-                return kind, user_name(claims["sub"].encode()), claims
+                return kind, short_text(claims["sub"].encode(), 200, "unauthorized"), claims
         raise Problem("unauthorized")
 
     def start_session(self, token: str) -> str:
@@ -722,13 +722,13 @@ class Gatekeeper:
         return make_token(self.kinds["session"][0], user, timedelta(days=SESSION_DAYS), trust=trust)
 
 
-def user_name(given: bytes) -> str:
-    """A user id from a token or a header, within its bounds."""
+def short_text(given: bytes, most: int, *otherwise: str) -> str:
+    """What a token, a header or a path says, in UTF-8 and within its bounds, or else this problem."""
     with contextlib.suppress(UnicodeError):
-        name = given.decode()
-        if 1 <= len(name) <= 200 and "\0" not in name:
-            return name
-    raise Problem("unauthorized")
+        text = given.decode()
+        if 1 <= len(text) <= most and "\0" not in text:
+            return text
+    raise Problem(*otherwise)
 
 
 def make_token(key: str | bytes, user_id: str, life: timedelta, **claims: Any) -> str:
@@ -1496,10 +1496,9 @@ class Ask:
         named: dict[str, Any] = self.scope["path_params"]
         if "user_id" not in named:
             return named
-        user_id = unquote(named["user_id"])
-        if len(user_id) > 200 or "\0" in user_id or "\ufffd" in user_id:
-            raise Problem("invalid", "Expected at most 200 characters of UTF-8, and no NUL", "user_id")
-        return {"user_id": user_id}
+        given = unquote_to_bytes(named["user_id"])
+        words = "Expected at most 200 characters of UTF-8, and no NUL"
+        return {"user_id": short_text(given, 200, "invalid", words, "user_id")}
 
     @property
     def here(self) -> str:
@@ -1536,10 +1535,7 @@ def header_key(ask: Ask) -> str | None:
     """The Idempotency-Key header, within the bounds of a key."""
     if (given := ask.headers.get(b"idempotency-key")) is None:
         return None
-    key = given.decode(errors="replace")
-    if not 1 <= len(key) <= 255 or "\ufffd" in key:
-        raise Problem("invalid", "Expected 1 to 255 characters of UTF-8", "Idempotency-Key")
-    return key
+    return short_text(given, 255, "invalid", "Expected 1 to 255 characters of UTF-8", "Idempotency-Key")
 
 
 def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
