@@ -848,7 +848,6 @@ class Shared:
         self.waiting: collections.deque[Waiting] = collections.deque()
         self.before = 0  # requests in the last statement
         self.arrived = asyncio.Event()
-        self.by_itself = set[asyncio.Task[None]]()
         # Creates go one by one: two statements that open digests at once could deadlock.
         self.turn = asyncio.Semaphore(at_once)
 
@@ -889,11 +888,8 @@ class Shared:
             if away and not isinstance(error, psycopg.errors.LockNotAvailable):  # nobody waits for it twice
                 requests = [*requests, *self.waiting]
                 self.waiting.clear()
-            elif len(requests) > 1:  # at once: one of them may hang
-                tasks = [asyncio.create_task(self.answer([each], alone=True)) for each in requests]
-                self.by_itself.update(tasks)
-                for task in tasks:
-                    task.add_done_callback(self.by_itself.discard)
+            elif len(requests) > 1:  # at once, and not waited for: one of them may hang
+                asyncio.gather(*(self.answer([each], alone=True) for each in requests))
                 return
             for _, done in requests:
                 if not done.done():
