@@ -764,7 +764,7 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
 # ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
 # JSON becomes a type. Requests in flight together share a statement: what queues up meanwhile is the next.
 
-BODY_DEPTH = 32  # brackets within each other; deeper ones are refused before they are decoded
+BODY_DEPTH = 32  # brackets within each other
 READERS = 2  # list statements under way at once: the second uses the other core
 ITEMS_A_SECOND = 400  # stored at least, even of the largest; so much more patience have many
 SHARED_ITEMS = 512  # with so many items a statement is full; what a request asks for goes whole
@@ -773,35 +773,27 @@ Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
 def decode_body(body: bytes, kind: Any) -> Any:
     """JSON as `kind`; field names may also be written in camelCase."""
-    if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
-        refuse_deep(body)
-    if b"\\u0000" in body:
-        refuse_nul(msgspec.json.decode(body))
+    if body.count(b"[") + body.count(b"{") > BODY_DEPTH or b"\\u0000" in body:
+        refuse_unstorable(msgspec.json.Decoder(float_hook=str).decode(body))  # no float holds 1e399
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:
         return msgspec.json.decode(snake_keys(body), type=kind)
 
 
-def refuse_deep(body: bytes) -> None:
-    """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
-    tokens = re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body)
-    steps = ({b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0) for token in tokens)
-    if any(depth > BODY_DEPTH for depth in itertools.accumulate(steps)):
-        raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
-
-
-def refuse_nul(value: Any, place: str = "") -> None:
-    """400 for NUL in any text, which PostgreSQL cannot hold."""
+def refuse_unstorable(value: Any, place: str = "", depth: int = 1) -> None:
+    """400 for NUL in any text, which PostgreSQL cannot hold, and for JSON nested deeper than BODY_DEPTH."""
     if isinstance(value, str) and "\0" in value:
         raise Problem("invalid", "Expected text without NUL", place)
+    if isinstance(value, (list, dict)) and depth > BODY_DEPTH:
+        raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
     if isinstance(value, list):
         for index, item in enumerate(value):
-            refuse_nul(item, f"{place}[{index}]")
+            refuse_unstorable(item, f"{place}[{index}]", depth + 1)
     if isinstance(value, dict):
         for name, item in value.items():
-            refuse_nul(name, place)
-            refuse_nul(item, f"{place}.{name}".lstrip("."))
+            refuse_unstorable(name, place)
+            refuse_unstorable(item, f"{place}.{name}".lstrip("."), depth + 1)
 
 
 def snake_case(name: str) -> str:
