@@ -73,7 +73,7 @@ from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
 from litestar.utils import normalize_path
-from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
@@ -1044,12 +1044,6 @@ def new_webhook_secret(secret: str, key: bytes = b"") -> tuple[str, bytes]:
     return f"whsec_{base64.b64encode(key).decode()}", sealed
 
 
-def check_scheme(settings: Settings, field: str, url: str | UnsetType) -> None:
-    """Plain http is for addresses that are allowed by name."""
-    if url and url.lower().startswith("http:") and not settings.outbound_allow:
-        raise Problem("invalid", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://", field)
-
-
 class Outbound:
     """The three channels, with the keys and the connections that they keep."""
 
@@ -1634,8 +1628,9 @@ def sql(name: str, only: str = "", address: str = "url") -> Action:
     async def run(ask: Ask, given: Struct | None = None) -> Any:
         parameters, settings, told = QUERIES[name].parameters, ask.bell.settings, dict[str, str]()
         fields: dict[str, Any] = msgspec.structs.asdict(given) if given else {}
-        if address in fields:
-            check_scheme(settings, address, fields[address])
+        plain = str(fields.get(address)).lower().startswith("http:")
+        if plain and not settings.outbound_allow:  # these are allowed by name only
+            raise Problem("invalid", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://", address)
         if "patch" in parameters:
             fields = {"patch": encode(given)}
         if "secret" in parameters:
