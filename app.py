@@ -1400,44 +1400,41 @@ class Hub:
         headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "GET":
-            stale = asyncio.Event()
-            stale.set()
-            feeding = asyncio.create_task(self.feed(user_id, stale, send))
+            feeding = asyncio.create_task(self.feed(user_id, send))
             leaving = asyncio.ensure_future(receive())
             leaving.add_done_callback(lambda _: feeding.cancel())
-            await self.hold(user_id, feeding, stale)
+            await asyncio.gather(feeding, return_exceptions=True)
             leaving.cancel()
         # This may wait for the client to take the rest, for as long as it lives.
         cut = asyncio.get_running_loop().call_later(1, scope["state"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
 
-    async def hold(self, user_id: str, feeding: asyncio.Task[None], stale: asyncio.Event) -> None:
-        """Keep a stream until its task ends; one too many ends the oldest."""
-        streams = self.streams.setdefault(user_id, {})
-        streams[feeding] = stale
-        for each in streams if self.closed else list(streams)[:-STREAMS_PER_USER]:
+    async def feed(self, user_id: str, send: Send) -> None:
+        """Send an event for each change and a comment in silence, for as long as the client takes them; one
+        stream too many ends the oldest."""
+        stale, streams = asyncio.Event(), self.streams.setdefault(user_id, {})
+        stale.set()
+        this = cast("asyncio.Task[None]", asyncio.current_task())
+        streams[this] = stale
+        for each in list(streams)[:-STREAMS_PER_USER]:
             each.cancel()
         try:
-            await asyncio.gather(feeding, return_exceptions=True)
+            while not self.closed:
+                frame = b": still here\n\n"
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STREAM_COMMENT_SECONDS):
+                        await stale.wait()
+                if stale.is_set():
+                    stale.clear()
+                    hint = await self.bell.db.one("get_hint", user_id=user_id)
+                    frame = f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
+                async with asyncio.timeout(STREAM_SEND_SECONDS):
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
         finally:
-            del streams[feeding]
+            del streams[this]
             if not streams:
                 del self.streams[user_id]
-
-    async def feed(self, user_id: str, stale: asyncio.Event, send: Send) -> None:
-        """Send an event for each change and a comment in silence, for as long as the client takes them."""
-        while True:
-            frame = b": still here\n\n"
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STREAM_COMMENT_SECONDS):
-                    await stale.wait()
-            if stale.is_set():
-                stale.clear()
-                hint = await self.bell.db.one("get_hint", user_id=user_id)
-                frame = f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
-            async with asyncio.timeout(STREAM_SEND_SECONDS):
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
 
 
 # ═══ 10 · API ═════════════════════════════════════════════════════════════════════════════════
