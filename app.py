@@ -570,10 +570,9 @@ async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
 # ═══ 4 · Errors ═══════════════════════════════════════════════════════════════════════════════
 # One shape for every failure (RFC 9457), one table of codes, one function from exception to answer.
 
-# By code, status and title; by constraint or SQLSTATE, words and field.
-PROBLEMS, BY_CONSTRAINT = msgspec.json.decode((HERE / "templates/problems.json").read_bytes())
+# By code, status and title; by constraint or SQLSTATE, words and field; by code, headers beside.
+PROBLEMS, BY_CONSTRAINT, BESIDE = msgspec.json.decode((HERE / "templates/problems.json").read_bytes())
 BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}  # the first of each
-HEADERS_BESIDE = {"unauthorized": {"WWW-Authenticate": "Bearer"}, "database_away": {"Retry-After": "2"}}
 
 
 class Problem(ValueError):
@@ -629,7 +628,7 @@ def answer_error(ask: Ask, error: Exception) -> Reply:
     told |= {"detail": problem.detail, "code": problem.code}
     if problem.field:
         told["errors"] = [{"field": problem.field, "message": problem.detail}]
-    beside = error.headers if isinstance(error, HTTPException) else HEADERS_BESIDE.get(problem.code)
+    beside = error.headers if isinstance(error, HTTPException) else BESIDE.get(problem.code)
     return Reply(told, status, PRIVATE | (beside or {}), "application/problem+json")
 
 
