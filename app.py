@@ -1988,7 +1988,6 @@ class Service:
             self.loops.start(loops)
             yield
         finally:
-            self.hub.close()
             with contextlib.suppress(Exception):
                 await worker.stop()
             await self.loops.stop()
