@@ -2108,20 +2108,9 @@ ROUTES = [
 ]
 
 
-async def answer(ask: Ask, route: Route) -> Any:
-    """Settle who asks, read what was given, act, and make the outcome a reply."""
-    if route.by:
-        ask.user = await ask.bell.gate.identify(ask)
-        allowed, words = ADMITTED[route.by]
-        if not allowed(ask.user):
-            raise Problem("forbidden", words)
-    given = [await ask.read(route.takes)] if route.takes else []
-    told = await route.act(ask, *given)
-    return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
-
-
 async def respond(service: Service, find: Any, scope: Any, receive: Receive, send: Send) -> None:
-    """Run the route that Litestar's router finds: Litestar's own layers would add 13 µs to 82."""
+    """Find the route by Litestar's router, settle who asks, read what was given, act, and answer. Litestar's
+    own layers would add 13 µs to 82."""
     ask, template, fail = Ask(service, scope, receive), "", answer_error
     try:
         # A user's id stays quoted while its path is routed: a slash in it is no end of it.
@@ -2133,7 +2122,14 @@ async def respond(service: Service, find: Any, scope: Any, receive: Receive, sen
         if (route := scope["route_handler"].opt.get("route")) is None:
             return await run(scope, receive, send)  # OPTIONS
         fail = route.fail
-        reply: Any = await answer(ask, route)
+        if route.by:
+            ask.user = await service.gate.identify(ask)
+            allowed, words = ADMITTED[route.by]
+            if not allowed(ask.user):
+                raise Problem("forbidden", words)
+        given = [await ask.read(route.takes)] if route.takes else []
+        told = await route.act(ask, *given)
+        reply: Any = told if callable(told) else Reply(None if route.status == 204 else told, route.status)
     except Exception as error:
         reply = fail(ask, error)
     service.answers[template, getattr(reply, "status", 200)] += 1
