@@ -1698,22 +1698,14 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
     return Route("GET", path, by, show, fail=show_error)
 
 
-def session_cookie(settings: Settings, value: str, seconds: int) -> Reply:
-    """The page's cookie: out of reach of scripts and of other sites."""
-    secure = "; Secure" if settings.base_url.startswith("https:") else ""
+async def change_session(ask: Ask, given: Any = None) -> Reply:
+    """Trade a token for the page's cookie, which scripts and other sites cannot reach; without one end it."""
+    refuse_other_sites(ask, strict=given is None)
+    value = ask.bell.gate.start_session(given.token) if given else ""
+    seconds = SESSION_DAYS * 86400 if given else 0
+    secure = "; Secure" if ask.bell.settings.base_url.startswith("https:") else ""
     cookie = f"{COOKIE}={value}; Max-Age={seconds}; Path=/; HttpOnly; SameSite=lax{secure}"
     return Reply({"ok": True}, 200, PRIVATE | {"Set-Cookie": cookie})
-
-
-async def login(ask: Ask, given: Any) -> Reply:
-    """Trade a token for the page's cookie."""
-    refuse_other_sites(ask, strict=False)
-    return session_cookie(ask.bell.settings, ask.bell.gate.start_session(given.token), SESSION_DAYS * 86400)
-
-
-async def logout(ask: Ask) -> Reply:
-    refuse_other_sites(ask, strict=True)
-    return session_cookie(ask.bell.settings, "", 0)
 
 
 async def unsubscribe(ask: Ask) -> Reply:
@@ -2092,8 +2084,8 @@ ROUTES = [
     Route("GET", "/health/live", "", get_liveness),
     Route("GET", "/health/ready", "", get_readiness),
     Route("GET", "/metrics", "", get_metrics),
-    Route("POST", "/login", "", login, LoginRequest),
-    Route("POST", "/logout", "", logout),
+    Route("POST", "/login", "", change_session, LoginRequest),
+    Route("POST", "/logout", "", change_session),
     Route("GET", "/unsubscribe/{token:str}", "", unsubscribe),
     Route("POST", "/unsubscribe/{token:str}", "", unsubscribe),
     Route("GET", "/assets/{version:str}/{name:str}", "", get_asset),
