@@ -49,7 +49,7 @@ from email.policy import SMTP as SMTP_POLICY
 from email.utils import parseaddr, parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
-from urllib.parse import parse_qsl, unquote, urlencode
+from urllib.parse import parse_qsl, unquote_to_bytes, urlencode
 from uuid import UUID
 
 import aiohttp
@@ -73,7 +73,7 @@ from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Method, Receive, Scope, Send
 from litestar.utils import normalize_path
-from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import args_row, dict_row
 from psycopg.types.json import set_json_loads
@@ -570,10 +570,9 @@ async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
 # ═══ 4 · Errors ═══════════════════════════════════════════════════════════════════════════════
 # One shape for every failure (RFC 9457), one table of codes, one function from exception to answer.
 
-# By code, status and title; by constraint or SQLSTATE, words and field.
-PROBLEMS, BY_CONSTRAINT = msgspec.json.decode((HERE / "templates/problems.json").read_bytes())
+# By code, status and title; by constraint or SQLSTATE, words and field; by code, headers beside.
+PROBLEMS, BY_CONSTRAINT, BESIDE = msgspec.json.decode((HERE / "templates/problems.json").read_bytes())
 BY_STATUS = {status: code for code, (status, _) in reversed(PROBLEMS.items())}  # the first of each
-HEADERS_BESIDE = {"unauthorized": {"WWW-Authenticate": "Bearer"}, "database_away": {"Retry-After": "2"}}
 
 
 class Problem(ValueError):
@@ -629,7 +628,7 @@ def answer_error(ask: Ask, error: Exception) -> Reply:
     told |= {"detail": problem.detail, "code": problem.code}
     if problem.field:
         told["errors"] = [{"field": problem.field, "message": problem.detail}]
-    beside = error.headers if isinstance(error, HTTPException) else HEADERS_BESIDE.get(problem.code)
+    beside = error.headers if isinstance(error, HTTPException) else BESIDE.get(problem.code)
     return Reply(told, status, PRIVATE | (beside or {}), "application/problem+json")
 
 
@@ -685,7 +684,7 @@ class Gatekeeper:
         if proxy and not demo:
             refuse_other_sites(ask, strict=False)
         if name := demo or proxy:
-            user = user_name(name.encode("latin-1"))
+            user = short_text(name.encode("latin-1"), 200, "unauthorized")
             return Caller("demo" if demo else "user", user, admin=user in settings.admins)
         cookie = re.search(rf"(?:^|;) *{COOKIE}=([^;]*)", ask.header("cookie"))
         _, user, claims = self.read_token(cookie[1].strip() if cookie else "", "session")
@@ -710,7 +709,7 @@ class Gatekeeper:
             needed = ["sub"] if kind == "unsubscribe" else ["sub", "exp"]  # old mails are read too
             with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError):
                 claims = jwt.decode(token, key, [algorithm], {"require": needed}, audience=audience)
-                return kind, user_name(claims["sub"].encode()), claims
+                return kind, short_text(claims["sub"].encode(), 200, "unauthorized"), claims
         raise Problem("unauthorized")
 
     def start_session(self, token: str) -> str:
@@ -722,13 +721,13 @@ class Gatekeeper:
         return make_token(self.kinds["session"][0], user, timedelta(days=SESSION_DAYS), trust=trust)
 
 
-def user_name(given: bytes) -> str:
-    """A user id from a token or a header, within its bounds."""
+def short_text(given: bytes, most: int, *otherwise: str) -> str:
+    """What a token, a header or a path says, in UTF-8 and within its bounds, or else this problem."""
     with contextlib.suppress(UnicodeError):
-        name = given.decode()
-        if 1 <= len(name) <= 200 and "\0" not in name:
-            return name
-    raise Problem("unauthorized")
+        text = given.decode()
+        if 1 <= len(text) <= most and "\0" not in text:
+            return text
+    raise Problem(*otherwise)
 
 
 def make_token(key: str | bytes, user_id: str, life: timedelta, **claims: Any) -> str:
@@ -764,7 +763,7 @@ ADMITTED: dict[str, tuple[Callable[[Caller], bool], str]] = {
 # ═══ 6 · Intake ═══════════════════════════════════════════════════════════════════════════════
 # JSON becomes a type. Requests in flight together share a statement: what queues up meanwhile is the next.
 
-BODY_DEPTH = 32  # brackets within each other; deeper ones are refused before they are decoded
+BODY_DEPTH = 32  # brackets within each other
 READERS = 2  # list statements under way at once: the second uses the other core
 ITEMS_A_SECOND = 400  # stored at least, even of the largest; so much more patience have many
 SHARED_ITEMS = 512  # with so many items a statement is full; what a request asks for goes whole
@@ -773,35 +772,27 @@ Waiting = tuple[list[Any], asyncio.Future[list[Any]]]
 
 def decode_body(body: bytes, kind: Any) -> Any:
     """JSON as `kind`; field names may also be written in camelCase."""
-    if body.count(b"[") + body.count(b"{") > BODY_DEPTH:
-        refuse_deep(body)
-    if b"\\u0000" in body:
-        refuse_nul(msgspec.json.decode(body))
+    if body.count(b"[") + body.count(b"{") > BODY_DEPTH or b"\\u0000" in body:
+        refuse_unstorable(msgspec.json.Decoder(float_hook=str).decode(body))  # no float holds 1e399
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:
         return msgspec.json.decode(snake_keys(body), type=kind)
 
 
-def refuse_deep(body: bytes) -> None:
-    """400 for JSON nested deeper than BODY_DEPTH; strings are stepped over."""
-    tokens = re.finditer(rb'(?s)"(?:[^"\\]+|\\.)*"?|[\[\]{}]', body)
-    steps = ({b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0) for token in tokens)
-    if any(depth > BODY_DEPTH for depth in itertools.accumulate(steps)):
-        raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
-
-
-def refuse_nul(value: Any, place: str = "") -> None:
-    """400 for NUL in any text, which PostgreSQL cannot hold."""
+def refuse_unstorable(value: Any, place: str = "", depth: int = 1) -> None:
+    """400 for NUL in any text, which PostgreSQL cannot hold, and for JSON nested deeper than BODY_DEPTH."""
     if isinstance(value, str) and "\0" in value:
         raise Problem("invalid", "Expected text without NUL", place)
+    if isinstance(value, (list, dict)) and depth > BODY_DEPTH:
+        raise Problem("not_json", f"The body is nested deeper than {BODY_DEPTH}")
     if isinstance(value, list):
         for index, item in enumerate(value):
-            refuse_nul(item, f"{place}[{index}]")
+            refuse_unstorable(item, f"{place}[{index}]", depth + 1)
     if isinstance(value, dict):
         for name, item in value.items():
-            refuse_nul(name, place)
-            refuse_nul(item, f"{place}.{name}".lstrip("."))
+            refuse_unstorable(name, place)
+            refuse_unstorable(item, f"{place}.{name}".lstrip("."), depth + 1)
 
 
 def snake_case(name: str) -> str:
@@ -848,7 +839,6 @@ class Shared:
         self.waiting: collections.deque[Waiting] = collections.deque()
         self.before = 0  # requests in the last statement
         self.arrived = asyncio.Event()
-        self.by_itself = set[asyncio.Task[None]]()
         # Creates go one by one: two statements that open digests at once could deadlock.
         self.turn = asyncio.Semaphore(at_once)
 
@@ -889,11 +879,8 @@ class Shared:
             if away and not isinstance(error, psycopg.errors.LockNotAvailable):  # nobody waits for it twice
                 requests = [*requests, *self.waiting]
                 self.waiting.clear()
-            elif len(requests) > 1:  # at once: one of them may hang
-                tasks = [asyncio.create_task(self.answer([each], alone=True)) for each in requests]
-                self.by_itself.update(tasks)
-                for task in tasks:
-                    task.add_done_callback(self.by_itself.discard)
+            elif len(requests) > 1:  # at once, and not waited for: one of them may hang
+                asyncio.gather(*(self.answer([each], alone=True) for each in requests))
                 return
             for _, done in requests:
                 if not done.done():
@@ -1054,12 +1041,6 @@ def new_webhook_secret(secret: str, key: bytes = b"") -> tuple[str, bytes]:
     key, nonce = key or os.urandom(24), os.urandom(12)
     sealed = nonce + AESGCM(derive(secret, "webhook")).encrypt(nonce, key, None)
     return f"whsec_{base64.b64encode(key).decode()}", sealed
-
-
-def check_scheme(settings: Settings, field: str, url: str | UnsetType) -> None:
-    """Plain http is for addresses that are allowed by name."""
-    if url and url.lower().startswith("http:") and not settings.outbound_allow:
-        raise Problem("invalid", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://", field)
 
 
 class Outbound:
@@ -1418,44 +1399,41 @@ class Hub:
         headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "GET":
-            stale = asyncio.Event()
-            stale.set()
-            feeding = asyncio.create_task(self.feed(user_id, stale, send))
+            feeding = asyncio.create_task(self.feed(user_id, send))
             leaving = asyncio.ensure_future(receive())
             leaving.add_done_callback(lambda _: feeding.cancel())
-            await self.hold(user_id, feeding, stale)
+            await asyncio.gather(feeding, return_exceptions=True)
             leaving.cancel()
         # This may wait for the client to take the rest, for as long as it lives.
         cut = asyncio.get_running_loop().call_later(1, scope["state"]["abort"])
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
 
-    async def hold(self, user_id: str, feeding: asyncio.Task[None], stale: asyncio.Event) -> None:
-        """Keep a stream until its task ends; one too many ends the oldest."""
-        streams = self.streams.setdefault(user_id, {})
-        streams[feeding] = stale
-        for each in streams if self.closed else list(streams)[:-STREAMS_PER_USER]:
+    async def feed(self, user_id: str, send: Send) -> None:
+        """Send an event for each change and a comment in silence, for as long as the client takes them; one
+        stream too many ends the oldest."""
+        stale, streams = asyncio.Event(), self.streams.setdefault(user_id, {})
+        stale.set()
+        this = cast("asyncio.Task[None]", asyncio.current_task())
+        streams[this] = stale
+        for each in list(streams)[:-STREAMS_PER_USER]:
             each.cancel()
         try:
-            await asyncio.gather(feeding, return_exceptions=True)
+            while not self.closed:
+                frame = b": still here\n\n"
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STREAM_COMMENT_SECONDS):
+                        await stale.wait()
+                if stale.is_set():
+                    stale.clear()
+                    hint = await self.bell.db.one("get_hint", user_id=user_id)
+                    frame = f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
+                async with asyncio.timeout(STREAM_SEND_SECONDS):
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
         finally:
-            del streams[feeding]
+            del streams[this]
             if not streams:
                 del self.streams[user_id]
-
-    async def feed(self, user_id: str, stale: asyncio.Event, send: Send) -> None:
-        """Send an event for each change and a comment in silence, for as long as the client takes them."""
-        while True:
-            frame = b": still here\n\n"
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STREAM_COMMENT_SECONDS):
-                    await stale.wait()
-            if stale.is_set():
-                stale.clear()
-                hint = await self.bell.db.one("get_hint", user_id=user_id)
-                frame = f"event: inbox\nid: {hint['newest_id'] or ''}\ndata: {encode(hint)}\n\n".encode()
-            async with asyncio.timeout(STREAM_SEND_SECONDS):
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
 
 
 # ═══ 10 · API ═════════════════════════════════════════════════════════════════════════════════
@@ -1496,10 +1474,9 @@ class Ask:
         named: dict[str, Any] = self.scope["path_params"]
         if "user_id" not in named:
             return named
-        user_id = unquote(named["user_id"])
-        if len(user_id) > 200 or "\0" in user_id or "\ufffd" in user_id:
-            raise Problem("invalid", "Expected at most 200 characters of UTF-8, and no NUL", "user_id")
-        return {"user_id": user_id}
+        given = unquote_to_bytes(named["user_id"])
+        words = "Expected at most 200 characters of UTF-8, and no NUL"
+        return {"user_id": short_text(given, 200, "invalid", words, "user_id")}
 
     @property
     def here(self) -> str:
@@ -1536,10 +1513,7 @@ def header_key(ask: Ask) -> str | None:
     """The Idempotency-Key header, within the bounds of a key."""
     if (given := ask.headers.get(b"idempotency-key")) is None:
         return None
-    key = given.decode(errors="replace")
-    if not 1 <= len(key) <= 255 or "\ufffd" in key:
-        raise Problem("invalid", "Expected 1 to 255 characters of UTF-8", "Idempotency-Key")
-    return key
+    return short_text(given, 255, "invalid", "Expected 1 to 255 characters of UTF-8", "Idempotency-Key")
 
 
 def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -1650,8 +1624,9 @@ def sql(name: str, only: str = "", address: str = "url") -> Action:
     async def run(ask: Ask, given: Struct | None = None) -> Any:
         parameters, settings, told = QUERIES[name].parameters, ask.bell.settings, dict[str, str]()
         fields: dict[str, Any] = msgspec.structs.asdict(given) if given else {}
-        if address in fields:
-            check_scheme(settings, address, fields[address])
+        plain = str(fields.get(address)).lower().startswith("http:")
+        if plain and not settings.outbound_allow:  # these are allowed by name only
+            raise Problem("invalid", "Expected https://, or BELLHOP_OUTBOUND_ALLOW for http://", address)
         if "patch" in parameters:
             fields = {"patch": encode(given)}
         if "secret" in parameters:
@@ -1723,22 +1698,14 @@ def page(path: str, by: str, template: str, *names: str) -> Route:
     return Route("GET", path, by, show, fail=show_error)
 
 
-def session_cookie(settings: Settings, value: str, seconds: int) -> Reply:
-    """The page's cookie: out of reach of scripts and of other sites."""
-    secure = "; Secure" if settings.base_url.startswith("https:") else ""
+async def change_session(ask: Ask, given: Any = None) -> Reply:
+    """Trade a token for the page's cookie, which scripts and other sites cannot reach; without one end it."""
+    refuse_other_sites(ask, strict=given is None)
+    value = ask.bell.gate.start_session(given.token) if given else ""
+    seconds = SESSION_DAYS * 86400 if given else 0
+    secure = "; Secure" if ask.bell.settings.base_url.startswith("https:") else ""
     cookie = f"{COOKIE}={value}; Max-Age={seconds}; Path=/; HttpOnly; SameSite=lax{secure}"
     return Reply({"ok": True}, 200, PRIVATE | {"Set-Cookie": cookie})
-
-
-async def login(ask: Ask, given: Any) -> Reply:
-    """Trade a token for the page's cookie."""
-    refuse_other_sites(ask, strict=False)
-    return session_cookie(ask.bell.settings, ask.bell.gate.start_session(given.token), SESSION_DAYS * 86400)
-
-
-async def logout(ask: Ask) -> Reply:
-    refuse_other_sites(ask, strict=True)
-    return session_cookie(ask.bell.settings, "", 0)
 
 
 async def unsubscribe(ask: Ask) -> Reply:
@@ -2013,7 +1980,6 @@ class Service:
             self.loops.start(loops)
             yield
         finally:
-            self.hub.close()
             with contextlib.suppress(Exception):
                 await worker.stop()
             await self.loops.stop()
@@ -2118,8 +2084,8 @@ ROUTES = [
     Route("GET", "/health/live", "", get_liveness),
     Route("GET", "/health/ready", "", get_readiness),
     Route("GET", "/metrics", "", get_metrics),
-    Route("POST", "/login", "", login, LoginRequest),
-    Route("POST", "/logout", "", logout),
+    Route("POST", "/login", "", change_session, LoginRequest),
+    Route("POST", "/logout", "", change_session),
     Route("GET", "/unsubscribe/{token:str}", "", unsubscribe),
     Route("POST", "/unsubscribe/{token:str}", "", unsubscribe),
     Route("GET", "/assets/{version:str}/{name:str}", "", get_asset),
@@ -2134,20 +2100,9 @@ ROUTES = [
 ]
 
 
-async def answer(ask: Ask, route: Route) -> Any:
-    """Settle who asks, read what was given, act, and make the outcome a reply."""
-    if route.by:
-        ask.user = await ask.bell.gate.identify(ask)
-        allowed, words = ADMITTED[route.by]
-        if not allowed(ask.user):
-            raise Problem("forbidden", words)
-    given = [await ask.read(route.takes)] if route.takes else []
-    told = await route.act(ask, *given)
-    return told if callable(told) else Reply(None if route.status == 204 else told, route.status)
-
-
 async def respond(service: Service, find: Any, scope: Any, receive: Receive, send: Send) -> None:
-    """Run the route that Litestar's router finds: Litestar's own layers would add 13 µs to 82."""
+    """Find the route by Litestar's router, settle who asks, read what was given, act, and answer. Litestar's
+    own layers would add 13 µs to 82."""
     ask, template, fail = Ask(service, scope, receive), "", answer_error
     try:
         # A user's id stays quoted while its path is routed: a slash in it is no end of it.
@@ -2159,7 +2114,14 @@ async def respond(service: Service, find: Any, scope: Any, receive: Receive, sen
         if (route := scope["route_handler"].opt.get("route")) is None:
             return await run(scope, receive, send)  # OPTIONS
         fail = route.fail
-        reply: Any = await answer(ask, route)
+        if route.by:
+            ask.user = await service.gate.identify(ask)
+            allowed, words = ADMITTED[route.by]
+            if not allowed(ask.user):
+                raise Problem("forbidden", words)
+        given = [await ask.read(route.takes)] if route.takes else []
+        told = await route.act(ask, *given)
+        reply: Any = told if callable(told) else Reply(None if route.status == 204 else told, route.status)
     except Exception as error:
         reply = fail(ask, error)
     service.answers[template, getattr(reply, "status", 200)] += 1

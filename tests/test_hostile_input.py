@@ -122,6 +122,13 @@ def test_numbers_count_with_all_their_digits(api: httpx.Client) -> None:
     problem(post(api, body.encode()), 400, "data")
 
 
+def test_a_number_that_no_float_holds_is_kept_among_many_brackets_too(api: httpx.Client, sql: Any) -> None:
+    item = json.dumps(GOOD)[:-1] + ', "data": {"n": 1e399}}'
+    body = f'{{"notifications": [{", ".join([item] * 40)}]}}'
+    assert post(api, body.encode(), "/api/notifications/batch").status_code == 201
+    assert sql("SELECT count(*) FROM notifications WHERE (data ->> 'n')::numeric = 1e399") == [(40,)]
+
+
 def test_clients_that_leave_before_their_answer_leave_no_trace(
     service: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
