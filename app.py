@@ -238,6 +238,7 @@ EmailAddress = Annotated[str, Meta(**LOOKS["email"])]
 Clock = Annotated[str, Meta(**LOOKS["clock"])]
 Locale = Annotated[str, Meta(**LOOKS["locale"])]
 TimeZone = Annotated[str, Meta(**LOOKS["time_zone"])]
+JsonObject = Annotated[Raw, Meta(extra_json_schema={"type": "object"})]
 EXPONENT = re.compile(rb"[eE][+-]?(\d+)")
 HUGE_NUMBER = re.compile(rb"[eE][+-]?0*([4-9]\d\d|[1-9]\d{3})|\d{400}")  # PostgreSQL writes all digits out
 
@@ -252,7 +253,7 @@ class NotificationCreate(Struct, frozen=True, forbid_unknown_fields=True, omit_d
     body: Annotated[str, Meta(max_length=8000)]
     target_url: Annotated[str, Meta(**LOOKS["target_url"])] | None = None
     severity: Severity = "info"
-    data: Raw = msgspec.field(default_factory=lambda: Raw(b"{}"))
+    data: JsonObject = msgspec.field(default_factory=lambda: Raw(b"{}"))
     resource_id: Key | None = None
     idempotency_key: Key | None = None
     batch_key: Key | None = None
@@ -777,7 +778,7 @@ def decode_body(body: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:
-        return msgspec.json.decode(snake_keys(body), type=kind)
+        return msgspec.json.decode(snake_keys(body, kind), type=kind)
 
 
 def refuse_unstorable(value: Any, place: str = "", depth: int = 1) -> None:
@@ -799,19 +800,20 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])[A-Z]", lambda letter: f"_{letter[0].lower()}", name)
 
 
-def snake_keys(body: bytes | Raw, place: str = "") -> Raw:
-    """The same JSON object with its field names in snake_case, those of notifications included."""
+def snake_keys(body: bytes | Raw, kind: Any, place: str = "") -> Raw:
+    """The same JSON object with the names of its fields in snake_case, those of notifications included."""
     renamed: dict[str, Any] = {}
     if not bytes(body).lstrip().startswith(b"{"):
         return Raw(bytes(body))  # refused by its type, which knows its place
     for key, value in msgspec.json.decode(body, type=dict[str, Raw]).items():
         snake = snake_case(key)
-        if snake in renamed:
-            raise Problem("invalid", "Given twice", place + snake)
-        many = snake == "notifications" and bytes(value).startswith(b"[")
-        items = enumerate(msgspec.json.decode(value, type=list[Raw])) if many else ()
-        each = [snake_keys(item, f"{snake}[{index}].") for index, item in items]
-        renamed[snake] = each if many else value
+        name = snake if snake in kind.__struct_fields__ else key  # an unknown one is told as it was written
+        if name in renamed:
+            raise Problem("invalid", "Given twice", place + name)
+        many = name == "notifications" and bytes(value).startswith(b"[")
+        items = msgspec.json.decode(value, type=list[Raw])[:1001] if many else []  # more are too many anyway
+        each = [snake_keys(item, BatchItem, f"{name}[{index}].") for index, item in enumerate(items)]
+        renamed[name] = each if many else value
     return Raw(msgspec.json.encode(renamed))
 
 
@@ -845,6 +847,8 @@ class Shared:
     async def ask(self, items: list[Any]) -> list[Any]:
         """A row for each item, after COMMIT; all items or none."""
         request: Waiting = items, asyncio.get_running_loop().create_future()
+        if len(items) > 1:  # a database that hangs shows here, not after the patience that many have
+            await self.db.bind(patience=PATIENCE).one("get_readiness")
         if self.waiting or self.turn.locked() or len(items) > 1:
             self.waiting.append(request)
             self.arrived.set()
@@ -1631,6 +1635,8 @@ def sql(name: str, only: str = "", address: str = "url") -> Action:
             fields = {"patch": encode(given)}
         if "secret" in parameters:
             told["secret"], fields["secret"] = new_webhook_secret(settings.secret)
+        if name in LONG:  # a database that hangs shows here, not after all that patience
+            await ask.mine.one("get_readiness")
         db = ask.mine.bind(patience=LONG_PATIENCE if name in LONG else PATIENCE)
         row = await db.one(name, **ask.path, **fields)
         if problem := row.pop("problem", None):
@@ -1639,6 +1645,12 @@ def sql(name: str, only: str = "", address: str = "url") -> Action:
         return Reply(told, row["status"]) if "status" in row else told
 
     return run
+
+
+async def erase_user(ask: Ask) -> None:
+    """Erase a user; once more for what was being folded into another message meanwhile."""
+    for _ in range(2):
+        await sql("delete_user")(ask)
 
 
 # ═══ 11 · Pages ═══════════════════════════════════════════════════════════════════════════════
@@ -1719,7 +1731,8 @@ async def unsubscribe(ask: Ask) -> Reply:
     if sent:
         event = event if b"event=" in await ask.body() else None
         await ask.bell.db.run("update_unsubscribed", user_id=user, event=event)
-    return show_page(ask, "unsubscribe", token_ok=user is not None, done=sent, event_name=event)
+    status = 404 if user is None else 200
+    return show_page(ask, "unsubscribe", status, token_ok=user is not None, done=sent, event_name=event)
 
 
 async def get_asset(ask: Ask) -> Reply:
@@ -2064,7 +2077,7 @@ ROUTES = [
     Route("DELETE", "/api/scheduled/{id:uuid}", "program", sql("delete_scheduled"), None, 204),
     Route("GET", USER, "program", sql("get_preferences")),
     Route("PUT", USER, "program", sql("update_preferences"), ContactPatch),
-    Route("DELETE", USER, "program", sql("delete_user"), None, 204),
+    Route("DELETE", USER, "program", erase_user, None, 204),
     Route("PATCH", CHOICES, "program", sql("update_preferences", "preferences"), PreferencesPatch),
     Route("GET", f"{USER}/export", "program", sql("get_export")),
     Route("POST", f"{USER}/token", "program", create_user_token, TokenRequest, 201),
@@ -2111,14 +2124,17 @@ async def respond(service: Service, find: Any, scope: Any, receive: Receive, sen
         if len(path) > PATH_LENGTH or "//" in path:
             raise Problem("not_found")
         run, scope["route_handler"], _, scope["path_params"], template = find(path, scope["method"])
-        if (route := scope["route_handler"].opt.get("route")) is None:
+        if (routes := scope["route_handler"].opt.get("routes")) is None:
             return await run(scope, receive, send)  # OPTIONS
+        route: Route = routes[scope["method"]]
         fail = route.fail
         if route.by:
             ask.user = await service.gate.identify(ask)
             allowed, words = ADMITTED[route.by]
             if not allowed(ask.user):
                 raise Problem("forbidden", words)
+        if not route.takes and int(ask.headers.get(b"content-length", 0)) > BODY_BYTES:
+            raise Problem("too_large")
         given = [await ask.read(route.takes)] if route.takes else []
         told = await route.act(ask, *given)
         reply: Any = told if callable(told) else Reply(None if route.status == 204 else told, route.status)
@@ -2138,10 +2154,13 @@ def create_app(settings: Settings) -> Litestar:
     allowed = ["Authorization", "Content-Type", "Idempotency-Key", "If-None-Match"]
     cors = CORSConfig(settings.cors_origins, allow_headers=allowed, expose_headers=["ETag", "Retry-After"])
     heads: dict[Method, list[Method]] = {"GET": ["GET", "HEAD"]}  # uvicorn leaves the body out
+    paths = collections.defaultdict[str, dict[Method, Route]](dict)  # one handler each: OPTIONS names all
+    for route in ROUTES:
+        paths[route.path] |= dict.fromkeys(heads.get(route.method, [route.method]), route)
     app = Litestar(
         [
-            HTTPRouteHandler(each.path, http_method=heads.get(each.method, [each.method]), route=each)(unused)
-            for each in ROUTES
+            HTTPRouteHandler(path, http_method=[*routes], routes=routes)(unused)
+            for path, routes in paths.items()
         ],
         lifespan=[service.running],
         cors_config=cors if settings.cors_origins else None,

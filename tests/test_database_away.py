@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -110,7 +111,7 @@ def test_a_database_that_goes_away_and_returns_costs_nothing_but_the_time(
         time.sleep(0.5)
     assert alice.get("/health/live").status_code == 200
     down = alice.get("/health/ready")
-    assert down.status_code == 503 and "database" in down.text
+    assert down.status_code == 503 and "database" in down.text and down.headers["retry-after"]
     own.start()
     back = time.monotonic()
     eventually(lambda: program.post("/api/notifications", json=BODY).status_code == 201, 5)
@@ -147,6 +148,11 @@ def test_a_database_that_hangs_is_answered_like_one_that_is_away(
     assert {status for _, status in replies} == {503}
     assert max(seconds for seconds, _ in replies) < 3
     refused_quickly(lambda: alice.get("/api/unread-count"))
+    for method, path, body in (
+        ("POST", "/api/resolve", {"subject_key": "s"}), ("GET", "/api/users/alice/export", None),
+        ("DELETE", "/api/users/alice", None), ("POST", "/api/notifications/batch", {"notifications": [BODY] * 500}),
+    ):  # fmt: skip
+        refused_quickly(functools.partial(program.request, method, path, json=body))
     own.signal(signal.SIGCONT)
     eventually(lambda: alice.get("/api/notifications").status_code == 200, 5)
     again = asyncio.run(ask_all(30))

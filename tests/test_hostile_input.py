@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from conftest import Running, problem, took, user_token
+from conftest import Running, app, problem, took, user_token
 
 Json = dict[str, Any]
 GOOD: Json = {"user_id": "alice", "event_name": "comment.created", "title": "A comment", "body": "Inside"}
@@ -271,6 +272,7 @@ def test_a_mistyped_field_is_named(api: httpx.Client) -> None:
 def test_an_unknown_field_is_named_in_every_body(api: httpx.Client, alice: httpx.Client) -> None:
     problem(api.post("/api/notifications", json=GOOD | {"titel": "x"}), 400, "titel")
     problem(api.post("/api/notifications", json=GOOD | {"read_at": None}), 400, "read_at")
+    problem(api.post("/api/notifications", json=GOOD | {"readAt": None}), 400, "readAt")
     for method, path, body, one in (
         ("POST", "/api/notifications/preview", GOOD, api),
         ("POST", "/api/resolve", {"subject_key": "x"}, api),
@@ -283,8 +285,9 @@ def test_an_unknown_field_is_named_in_every_body(api: httpx.Client, alice: httpx
         ("DELETE", "/api/push/subscriptions", {"endpoint": "x"}, alice),
     ):  # fmt: skip
         problem(one.request(method, path, json=body | {"surprise": 1}), 400, "surprise")
-    batch = {"notifications": [GOOD, GOOD | {"surprise": 1}]}
-    problem(api.post("/api/notifications/batch", json=batch), 400, "notifications[1].surprise")
+    for field in ("surprise", "aSurprise"):
+        batch = {"notifications": [GOOD, GOOD | {field: 1}]}
+        problem(api.post("/api/notifications/batch", json=batch), 400, f"notifications[1].{field}")
     problem(
         api.post("/api/notifications/batch", json={"notifications": [GOOD], "surprise": 1}), 400, "surprise"
     )
@@ -533,6 +536,25 @@ def test_http_itself_is_spoken_as_its_rules_want(service: Running) -> None:
     assert replies.count(b"HTTP/1.1 200 ") == replies.count(b'{"status":"ok"}') == 3
     assert replies.count(b"connection: close") == 1
     assert b"connection: close" in exchange(service, get.replace(b"HTTP/1.1", b"HTTP/1.0"), leave=False)
+
+
+def test_a_path_names_all_its_methods(api: httpx.Client) -> None:
+    for path in {re.sub("{.*?}", str(uuid4()), route.path) for route in app.ROUTES}:
+        told = api.options(path)
+        assert told.status_code == 204
+        refused = problem(api.request("TRACE", path), 405) and api.request("TRACE", path)
+        assert set(told.headers["allow"].split(", ")) == set(refused.headers["allow"].split(", ")), path
+
+
+def test_a_body_that_nobody_reads_is_bounded_too(api: httpx.Client, alice: httpx.Client) -> None:
+    for client, method, path in (
+        (api, "POST", f"/api/webhooks/{uuid4()}/rotate"), (api, "DELETE", "/api/users/alice"),
+        (alice, "POST", f"/api/outbox/{uuid4()}/send"), (alice, "POST", "/api/push/subscriptions"),
+    ):  # fmt: skip
+        reply = client.request(
+            method, path, content=b" " * 300_000, headers={"Content-Type": "application/json"}
+        )
+        problem(reply, 413)
 
 
 def test_unknown_paths_and_methods_have_the_one_shape(api: httpx.Client, service: Running) -> None:

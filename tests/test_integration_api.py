@@ -10,7 +10,7 @@ import httpx
 import jwt
 import psycopg
 import pytest
-from conftest import SECRET, Running, app, browser, problem, user_token
+from conftest import SECRET, Running, app, browser, eventually, problem, user_token
 
 Json = dict[str, Any]
 Post = Callable[..., Json]
@@ -132,6 +132,23 @@ def test_erasing_removes_every_trace_of_the_user_and_nobody_elses(
     assert sender.delete("/api/users/alice").status_code == 204, "once more is no fault"
     alice = client(service.url, user_token("alice"))
     assert alice.get("/api/unread-count").json() == {"unread_count": 0}
+
+
+def test_erasing_finds_what_is_made_while_it_waits(
+    sender: httpx.Client, reach: Callable[..., None], database: str, sql: Sql
+) -> None:
+    """As a digest is that other ones are folded into."""
+    reach("alice", email="alice@example.org", email_enabled=True)
+    assert sender.post("/api/notifications", json=NOTE | {"severity": "warning"}).status_code == 201
+    with ThreadPoolExecutor(1) as worker, psycopg.connect(database) as folding:
+        folding.execute("SELECT FROM outbox FOR UPDATE")
+        erased = worker.submit(sender.delete, "/api/users/alice")
+        eventually(lambda: sql("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+        folding.execute("INSERT INTO outbox (user_id, id, channel, target, available_at, provider)"
+                        " SELECT user_id, gen_random_uuid(), channel, target, now(), provider FROM outbox")  # fmt: skip
+        folding.commit()
+        assert erased.result().status_code == 204
+    assert sql("SELECT count(*) FROM outbox") == [(0,)]
 
 
 def test_what_is_about_all_that_a_user_has_may_take_longer_than_a_request_else(

@@ -61,7 +61,10 @@ def with_routes(document: Json) -> Json:
             }
         document["paths"].setdefault(path, {})[method] = operation
     asked = {route.takes.__name__ for route in routes if route.takes and route.method == "GET"}
-    document["components"]["schemas"] |= {name: types[name] for name in sorted(types.keys() - asked)}
+    schemas = document["components"]["schemas"]
+    for name in sorted(types.keys() - asked):  # which fields go together is written by hand too
+        together = {rule: schemas[name][rule] for rule in ("oneOf", "anyOf") if rule in schemas.get(name, {})}
+        schemas[name] = types[name] | together
     return document
 
 
