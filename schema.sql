@@ -153,10 +153,12 @@ CREATE TABLE IF NOT EXISTS outbox (
     CONSTRAINT outbox_pkey PRIMARY KEY (user_id, id)
 ) WITH (fillfactor = 40);              -- claim and finish find room beside what they replace
 COMMENT ON TABLE outbox IS 'one message that leaves';
-CREATE UNIQUE INDEX IF NOT EXISTS outbox_waiting
-    ON outbox (user_id, channel, target, (CASE WHEN state = 'open' THEN digest END))
-    WHERE state IN ('open', 'pending');
-    -- serves: create_notifications (the open window that an event joins, what else waits)
+CREATE UNIQUE INDEX IF NOT EXISTS outbox_window
+    ON outbox (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL;
+    -- serves: create_notifications (the open window that an event joins)
+CREATE INDEX IF NOT EXISTS outbox_waiting
+    ON outbox (user_id, channel, target, id) WHERE state IN ('open', 'pending');
+    -- serves: create_notifications (what waits of earlier minutes)
 CREATE INDEX IF NOT EXISTS outbox_turn
     ON outbox (provider, critical, available_at) WHERE state IN ('open', 'sending', 'pending');
     -- serves: claim_messages
@@ -256,8 +258,8 @@ CREATE INDEX IF NOT EXISTS intake_reader  -- hash: it holds whatever length
 
 -- Upgrades: dated statements that bring an older release's tables up to what is written above; the views
 -- below stand on them.
--- 2026-11-22: what is critical goes first; what waits is found by its user, be it a digest or not.
-DROP INDEX IF EXISTS outbox_due, outbox_window;
+-- 2026-11-22: what is critical goes first.
+DROP INDEX IF EXISTS outbox_due;
 -- 2026-11-21: the outbox leaves room for the two versions that follow.
 ALTER TABLE outbox SET (fillfactor = 40);
 -- 2026-11-21: a browser's endpoint is unique, by another index.

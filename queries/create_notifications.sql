@@ -129,7 +129,7 @@ asking AS MATERIALIZED (
                      AND o.state IN ('open', 'pending') AND o.critical = (j.way = 'critical')
                      AND o.token_minute < date_trunc('minute', now())
                    -- In the order of the index, or the planner reads the table where most of it is one user's.
-                   ORDER BY CASE WHEN o.state = 'open' THEN o.digest END
+                   ORDER BY o.id
                    LIMIT CASE WHEN j.way = 'critical' THEN 30 ELSE lane.usual END) early
            ) END AS waiting
     FROM judged j
@@ -206,8 +206,7 @@ opened AS MATERIALIZED (
                  way = 'critical' DESC, n
     ) first_of_message
     ORDER BY user_id, channel, target, digest, n
-    ON CONFLICT (user_id, channel, target, (CASE WHEN state = 'open' THEN digest END))
-        WHERE state IN ('open', 'pending')
+    ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
     DO UPDATE SET critical = o.critical OR EXCLUDED.critical  -- a claim sees by this write that it grew
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest, o.available_at
 ),

@@ -27,7 +27,7 @@ asking AS MATERIALIZED (
                 WHERE o.user_id = d.user_id AND o.channel = d.channel AND o.target = d.target
                   AND o.state IN ('open', 'pending') AND NOT o.critical
                   AND o.token_minute < date_trunc('minute', now())
-                ORDER BY CASE WHEN o.state = 'open' THEN o.digest END
+                ORDER BY o.id  -- as there: in the order of the index
                 LIMIT d.channel_limit) early) AS waiting
     FROM ready d WHERE d.until IS NULL AND d.channel_limit > 0
 ),
@@ -76,8 +76,7 @@ opened AS MATERIALIZED (
     ORDER BY user_id, channel, target, folder
     -- A quiet digest that is itself held goes on to the end of the new quiet hours, and an overflow digest
     -- that lost its token to a night gets that of the next minute.
-    ON CONFLICT (user_id, channel, target, (CASE WHEN state = 'open' THEN digest END))
-        WHERE state IN ('open', 'pending')
+    ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
     DO UPDATE SET available_at = CASE WHEN o.digest = 'quiet' OR o.token_minute IS NULL
                                       THEN EXCLUDED.available_at ELSE o.available_at END,
                   token_minute = coalesce(o.token_minute, EXCLUDED.token_minute)
