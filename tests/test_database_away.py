@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,17 @@ def test_a_database_that_hangs_is_answered_like_one_that_is_away(
         async with httpx.AsyncClient(base_url=service.url, trust_env=False, timeout=15) as client:
             return await asyncio.gather(*(ask(at) for at in range(number)))
 
-    own.signal(signal.SIGSTOP)
-    for method, path, body in (  # first, while there are idle connections: these have more patience
-        ("POST", "/api/resolve", {"subject_key": "s"}), ("GET", "/api/users/alice/export", None),
-        ("DELETE", "/api/users/alice", None), ("POST", "/api/notifications/batch", {"notifications": [BODY] * 500}),
-    ):  # fmt: skip
-        refused_quickly(functools.partial(program.request, method, path, json=body))
+    patient = [
+        ("POST", "/api/notifications/batch", {"notifications": [BODY] * 500}), ("GET", "/api/users/alice/export", None),
+        ("POST", "/api/resolve", {"subject_key": "s"}), ("DELETE", "/api/users/alice", None),
+    ]  # fmt: skip
+    with ThreadPoolExecutor(8) as many:  # at once, so that each finds an idle connection to hang on
+        list(many.map(lambda _: alice.get("/api/outbox").raise_for_status(), range(80)))
+        own.signal(signal.SIGSTOP)
+        asked = [
+            functools.partial(program.request, method, path, json=body) for method, path, body in patient
+        ]
+        list(many.map(refused_quickly, asked))
     replies = asyncio.run(ask_all(30)) + asyncio.run(ask_all(30))
     assert {status for _, status in replies} == {503}
     assert max(seconds for seconds, _ in replies) < 3
