@@ -1263,12 +1263,12 @@ class Worker:
                 await asyncio.wait(self.in_flight.values())
         return len(claimed)
 
-    async def digest_turn(self) -> None:
-        """Let go or hold back the digests that are due."""
+    async def token_turn(self) -> None:
+        """Let go or hold back what is due without a token of this minute."""
         async with self.claiming, self.intake.turn:
-            if await self.db.run("update_due_digests"):
+            if asked := await self.db.run("update_due_messages"):
                 self.wake.set()
-        await asyncio.sleep(self.settings.poll_seconds)
+        await asyncio.sleep(0 if asked else self.settings.poll_seconds)  # more may wait: it takes 500 at a time
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
@@ -1986,7 +1986,7 @@ class Service:
         loops |= {f"list {n}": self.lists.run for n in range(READERS)}
         loops |= {"listen": self.hub.listen, "tell": self.hub.tell}
         if self.settings.delivery_concurrency:
-            loops |= {"claim": worker.claim_turn, "digests": worker.digest_turn, "finish": worker.finish_turn}
+            loops |= {"claim": worker.claim_turn, "tokens": worker.token_turn, "finish": worker.finish_turn}
         try:
             await self.pool.open(wait=True, timeout=10)
             await self.outbound.open()

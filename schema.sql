@@ -130,7 +130,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     channel       text NOT NULL CONSTRAINT outbox_channel_known
                   CHECK (channel IN ('email', 'push', 'webhook')),
     target        uuid NOT NULL,        -- subscription or endpoint; all zeros for e-mail
-    digest        text,                 -- what collects here: key:<batch_key>, overflow, quiet; held:<id>
+    digest        text,                 -- what collects here: key:<batch_key>, overflow, quiet
     critical      boolean NOT NULL DEFAULT false,  -- leaves whatever the hour or the limit
     state         text NOT NULL DEFAULT 'open' CONSTRAINT outbox_state_known CHECK (state IN (
         'open',     -- not yet claimed; a digest still collects
@@ -146,7 +146,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     faults        integer NOT NULL DEFAULT 0,  -- how many of the last attempts were provider faults
     crashes       integer NOT NULL DEFAULT 0,  -- leases that ran out in a row
     provider      text NOT NULL,        -- email, or the channel and host: what the breaker watches
-    token_minute  timestamptz,          -- the minute whose rate-limit token it holds
+    token_minute  timestamptz,          -- the minute in which its rate-limit token lets it leave; infinity: any
     last_error    text,                 -- the provider's words, for admins
     created_at    timestamptz NOT NULL DEFAULT now(),
     finished_at   timestamptz,
@@ -156,15 +156,12 @@ COMMENT ON TABLE outbox IS 'one message that leaves';
 CREATE UNIQUE INDEX IF NOT EXISTS outbox_window
     ON outbox (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL;
     -- serves: create_notifications (the open window that an event joins)
-CREATE INDEX IF NOT EXISTS outbox_waiting
-    ON outbox (user_id, channel, target, id) WHERE state IN ('open', 'pending');
-    -- serves: create_notifications (what waits of earlier minutes)
 CREATE INDEX IF NOT EXISTS outbox_turn
     ON outbox (provider, critical, available_at) WHERE state IN ('open', 'sending', 'pending');
     -- serves: claim_messages
-CREATE INDEX IF NOT EXISTS outbox_digests
-    ON outbox (available_at) WHERE state = 'open' AND digest IS NOT NULL AND token_minute IS NULL;
-    -- serves: update_due_digests
+CREATE INDEX IF NOT EXISTS outbox_tokens
+    ON outbox (provider, coalesce(token_minute, '-infinity'), available_at) WHERE state IN ('open', 'pending');
+    -- serves: update_due_messages
 CREATE INDEX IF NOT EXISTS outbox_faults ON outbox (provider) WHERE faults > 0 AND state = 'pending';
     -- serves: finish_messages (what a pause gives back)
 CREATE INDEX IF NOT EXISTS outbox_suspects ON outbox (available_at) WHERE crashes >= 2;
@@ -259,7 +256,7 @@ CREATE INDEX IF NOT EXISTS intake_reader  -- hash: it holds whatever length
 -- Upgrades: dated statements that bring an older release's tables up to what is written above; the views
 -- below stand on them.
 -- 2026-11-22: what is critical goes first.
-DROP INDEX IF EXISTS outbox_due;
+DROP INDEX IF EXISTS outbox_due, outbox_waiting, outbox_digests;
 -- 2026-11-21: the outbox leaves room for the two versions that follow.
 ALTER TABLE outbox SET (fillfactor = 40);
 -- 2026-11-21: a browser's endpoint is unique, by another index.
@@ -290,6 +287,20 @@ CREATE OR REPLACE VIEW inbox AS
 SELECT id, user_id, event_name, title, body, summary, target_url, severity, data, idempotency_key,
        batch_key, subject_key, read_at, archived_at, created_at, updated_at
 FROM notifications;
+
+-- The providers with waiting messages, one index probe each, and until when they rest.
+CREATE OR REPLACE VIEW awaited_providers AS
+WITH RECURSIVE provider AS (
+    SELECT min(provider) AS name FROM outbox WHERE state IN ('open', 'sending', 'pending')
+    UNION ALL
+    SELECT (SELECT min(o.provider) FROM outbox o
+            WHERE o.state IN ('open', 'sending', 'pending') AND o.provider > p.name)
+    FROM provider p WHERE p.name IS NOT NULL
+)
+SELECT p.name, b.paused_until
+FROM provider p
+LEFT JOIN breakers b ON b.provider = p.name
+WHERE p.name IS NOT NULL;
 
 -- The users who are in their quiet hours now, and until when. A wall-clock time that a clock
 -- change skips moves to the next valid minute, one that occurs twice takes the first: between the two

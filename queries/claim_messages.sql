@@ -1,16 +1,8 @@
 -- Claims due messages for the length of a lease, each provider up to its share, and looks at every item again:
 -- what was read or switched off since is suppressed, a message without items is void. Returns what is to be sent,
 -- a digest with at most ten lines, and a row without id for each that needs no sending. claim_seq is the fence.
-WITH RECURSIVE provider AS (
-    -- The providers with waiting messages, one index probe each.
-    SELECT min(provider) AS name FROM outbox WHERE state IN ('open', 'sending', 'pending')
-    UNION ALL
-    SELECT (SELECT min(o.provider) FROM outbox o
-            WHERE o.state IN ('open', 'sending', 'pending') AND o.provider > p.name)
-    FROM provider p WHERE p.name IS NOT NULL
-),
--- A pause that is over lets one probe through; whoever holds the row is the one who sends it.
-probing AS MATERIALIZED (
+WITH probing AS MATERIALIZED (
+    -- A pause that is over lets one probe through; whoever holds the row is the one who sends it.
     SELECT provider FROM breakers WHERE paused_until <= now() FOR UPDATE SKIP LOCKED
 ),
 -- How many more of each provider's messages this process may take, and of its whole channel: slow ones leave
@@ -21,10 +13,9 @@ room AS (
            (SELECT greatest(1, %(share)s::int * 3 / 2) - coalesce(sum(b.n::int), 0)
             FROM jsonb_each_text(%(busy)s::jsonb) AS b (provider, n)
             WHERE split_part(b.provider, ':', 1) = split_part(p.name, ':', 1)) AS channel_free
-    FROM provider p
-    LEFT JOIN breakers b ON b.provider = p.name
+    FROM awaited_providers p
     LEFT JOIN probing q ON q.provider = p.name
-    WHERE p.name IS NOT NULL AND (b.paused_until IS NULL OR q.provider IS NOT NULL)
+    WHERE p.paused_until IS NULL OR q.provider IS NOT NULL
 ),
 -- What ended its worker three times is to run alone: it waits until nothing is under way here, and when it
 -- has been due for ten seconds nothing else is begun.
@@ -35,7 +26,7 @@ suspect AS MATERIALIZED (
         WHERE o.crashes >= 2  -- as the index outbox_suspects has it
           AND o.crashes + (o.state = 'sending')::int >= 3
           AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
-          AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
+          AND (o.state = 'sending' OR o.token_minute >= date_trunc('minute', now()))
         OFFSET 0
     ) s
     JOIN room ON room.name = s.provider
@@ -51,8 +42,8 @@ given AS (
     FROM room LEFT JOIN suspect ON true
     CROSS JOIN (VALUES (true), (false)) AS lane (critical)
 ),
--- The oldest due ones of each provider, the critical ones first, locked; an expired lease is due again and
--- counts as a crash. Its number is its place among its provider's.
+-- The oldest due ones of each provider with a token of this minute, the critical ones first, locked; an expired lease
+-- is due again and counts as a crash. Its number is its place among its provider's.
 ready AS MATERIALIZED (
     SELECT d.user_id, d.id, d.channel, d.target, d.digest, d.critical, d.state, d.created_at,
            d.provider, d.available_at, d.crashes + (d.state = 'sending')::int AS crashes, d.place, given.probes,
@@ -65,7 +56,7 @@ ready AS MATERIALIZED (
         FROM outbox o
         WHERE o.provider = given.name AND o.critical = given.critical
           AND o.state IN ('open', 'sending', 'pending') AND o.available_at <= now()
-          AND (o.digest IS NULL OR o.token_minute IS NOT NULL)
+          AND (o.state = 'sending' OR o.token_minute >= date_trunc('minute', now()))
           AND (o.crashes + (o.state = 'sending')::int >= 3) = given.alone
         ORDER BY o.available_at
         LIMIT given.most
@@ -189,17 +180,13 @@ given_up AS (
     WHERE d.verdict = 'failed' AND v.user_id = d.user_id AND v.message_id = d.id AND v.status = 'queued'
       AND v.notification_id <> ALL (coalesce(d.dropped, '{}'))
 )
--- In quiet hours a message that was never tried becomes a digest that is due: update_due_digests
--- folds it into the quiet one. A message that was tried keeps its identity and waits by itself.
+-- In quiet hours a message loses its token: update_due_messages folds it into the quiet digest, or has it wait.
 UPDATE outbox o
 SET state = CASE WHEN d.verdict <> 'held' THEN d.verdict WHEN d.state = 'open' THEN 'open' ELSE 'pending' END,
     claim_seq = o.claim_seq + 1, crashes = d.crashes,
     available_at = CASE WHEN d.verdict = 'sending' THEN now() + %(lease)s::float8 * interval '1 second'
-                        WHEN d.verdict = 'held' AND d.state <> 'open' THEN d.until
                         ELSE o.available_at END,
-    digest = CASE WHEN d.verdict = 'held' AND d.state = 'open' THEN coalesce(o.digest, 'held:' || o.id)
-                  ELSE o.digest END,
-    token_minute = CASE WHEN d.verdict <> 'held' OR d.state <> 'open' THEN o.token_minute END,
+    token_minute = CASE WHEN d.verdict <> 'held' THEN o.token_minute END,
     last_error = coalesce(d.error, o.last_error),
     finished_at = CASE WHEN d.verdict IN ('void', 'failed') THEN now() END
 FROM decided d

@@ -117,21 +117,10 @@ judged AS MATERIALIZED (
                    (SELECT q.until FROM quiet_users q WHERE q.user_id = c.user_id) END AS until
     ) quiet
 ),
--- What asks for a token now: its lane, the lane's limit, its place among the lane's new ones, and how many of
--- earlier minutes still wait to go its way: in an outage each minute would add a limit of messages else.
+-- What asks for a token now: its lane, the lane's limit, and its place among the lane's new ones.
 asking AS MATERIALIZED (
     SELECT j.delivery_id, lane.*, CASE WHEN j.way = 'critical' THEN 30 ELSE lane.usual END AS channel_limit,
-           row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place,
-           CASE WHEN j.channel = 'webhook' THEN 0 ELSE (
-               SELECT count(*) FROM (
-                   SELECT FROM outbox o
-                   WHERE o.user_id = j.user_id AND o.channel = j.channel AND o.target = j.target
-                     AND o.state IN ('open', 'pending') AND o.critical = (j.way = 'critical')
-                     AND o.token_minute < date_trunc('minute', now())
-                   -- In the order of the index, or the planner reads the table where most of it is one user's.
-                   ORDER BY o.id
-                   LIMIT CASE WHEN j.way = 'critical' THEN 30 ELSE lane.usual END) early
-           ) END AS waiting
+           row_number() OVER (PARTITION BY lane.owner, lane.lane, lane.target ORDER BY j.n) AS place
     FROM judged j
     CROSS JOIN LATERAL (
         SELECT CASE WHEN j.way = 'slot' THEN '' ELSE j.user_id END AS owner,
@@ -141,8 +130,8 @@ asking AS MATERIALIZED (
     ) lane
     WHERE j.reason IS NULL AND j.way IN ('now', 'critical', 'slot') AND lane.usual > 0
 ),
--- A webhook's counter carries over what was promised to later minutes. The others start anew, with what waits
--- for every target, and after a minute that overflowed with the digests that leave then (each browser has one).
+-- A webhook's counter carries over what was promised to later minutes. The others start anew, after a minute that
+-- overflowed with the digests that leave then (each browser has one).
 counted AS MATERIALIZED (
     INSERT INTO rate_limits AS r (user_id, lane, target, minute, used)
     SELECT owner, lane, target, date_trunc('minute', now()), count(*)
@@ -154,33 +143,34 @@ counted AS MATERIALIZED (
             WHEN r.lane LIKE 'webhook%%'
             THEN greatest(0, r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30)
                              * (extract(epoch FROM EXCLUDED.minute - r.minute) / 60)::int)
-            ELSE (SELECT min(a.waiting) FROM asking a WHERE a.owner = r.user_id AND a.lane = r.lane)
-                 + CASE WHEN r.minute = EXCLUDED.minute - interval '1 minute'
-                        THEN greatest(0, least(r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30),
-                                               CASE WHEN r.lane LIKE 'email%%' THEN 1 ELSE
-                                                   (SELECT count(*) FROM push_subscriptions s
-                                                    WHERE s.user_id = r.user_id) END))
-                        ELSE 0 END
-            END
+            WHEN r.minute = EXCLUDED.minute - interval '1 minute'
+            THEN greatest(0, least(r.used - coalesce((%(limits)s::jsonb ->> r.lane)::int, 30),
+                                   CASE WHEN r.lane LIKE 'email%%' THEN 1 ELSE
+                                       (SELECT count(*) FROM push_subscriptions s WHERE s.user_id = r.user_id) END))
+            ELSE 0 END
     RETURNING r.user_id, r.lane, r.target, r.minute, r.used
 ),
--- The number each one drew: up to the limit it leaves now, beyond it is folded or waits its turn.
+-- The number each one drew, and the minute of which it is: up to the limit this one.
 drawn AS MATERIALIZED (
-    SELECT a.delivery_id, a.channel_limit, c.minute,
-           c.used - max(a.place) OVER lane + a.place + a.waiting - min(a.waiting) OVER lane AS number
-    FROM asking a
-    JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
-    WINDOW lane AS (PARTITION BY a.owner, a.lane, a.target)
+    SELECT n.delivery_id, n.channel_limit, n.number, n.minute,
+           n.minute + ((n.number - 1) / n.channel_limit) * interval '1 minute' AS slot
+    FROM (
+        SELECT a.delivery_id, a.channel_limit, c.minute, c.used - max(a.place) OVER lane + a.place AS number
+        FROM asking a
+        JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
+        WINDOW lane AS (PARTITION BY a.owner, a.lane, a.target)
+    ) n
 ),
--- Where each one collects (nowhere: it leaves alone), and when it leaves.
+-- Where each one collects (nowhere: it leaves alone), when it leaves, and the minute of its token; a digest that
+-- comes due asks for one then.
 timed AS MATERIALIZED (
     SELECT j.*, folder.digest,
-           CASE folder.digest WHEN 'overflow' THEN d.minute + interval '1 minute' ELSE d.minute END AS token_minute,
+           CASE WHEN folder.digest = 'overflow' THEN d.minute + interval '1 minute'
+                WHEN folder.digest IS NULL THEN coalesce(d.slot, 'infinity') END AS token_minute,
            CASE WHEN folder.digest = 'quiet' THEN j.until
                 WHEN folder.digest = 'overflow' THEN d.minute + interval '1 minute'
                 WHEN folder.digest IS NOT NULL THEN now() + j.digest_minutes * interval '1 minute'
-                WHEN d.number > d.channel_limit
-                THEN d.minute + ((d.number - 1) / d.channel_limit) * interval '1 minute'
+                WHEN d.number > d.channel_limit THEN d.slot
                 ELSE now() END AS available_at
     FROM judged j
     LEFT JOIN drawn d ON d.delivery_id = j.delivery_id
@@ -192,7 +182,8 @@ timed AS MATERIALIZED (
     ) folder
     WHERE j.reason IS NULL
 ),
--- The partial unique index is the window: the first item opens it, the rest join, a claim closes it.
+-- The partial unique index is the window: the first item opens it, the rest join, a claim closes it. An overflow
+-- digest that did not leave in its minute leaves in the next.
 opened AS MATERIALIZED (
     INSERT INTO outbox AS o (user_id, id, channel, target, digest, critical, available_at, token_minute,
                              provider)
@@ -207,7 +198,11 @@ opened AS MATERIALIZED (
     ) first_of_message
     ORDER BY user_id, channel, target, digest, n
     ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
-    DO UPDATE SET critical = o.critical OR EXCLUDED.critical  -- a claim sees by this write that it grew
+    DO UPDATE SET critical = o.critical OR EXCLUDED.critical,  -- a claim sees by this write that it grew
+                  available_at = CASE WHEN o.token_minute < date_trunc('minute', now())
+                                      THEN EXCLUDED.available_at ELSE o.available_at END,
+                  token_minute = CASE WHEN o.token_minute < date_trunc('minute', now())
+                                      THEN EXCLUDED.token_minute ELSE o.token_minute END
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest, o.available_at
 ),
 -- Each delivery with its message, or with the reason why there is none.

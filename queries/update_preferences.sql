@@ -43,16 +43,14 @@ saved AS (
     RETURNING p.user_id, p.email, p.in_app_enabled, p.email_enabled, p.push_enabled, p.digest_minutes,
               p.min_severity, p.quiet_from, p.quiet_to, p.timezone, p.locale, p.events
 ),
--- What waits for the end of a night that is another now: update_due_digests lets it leave or holds it anew, and
--- so does the claim what was tried before: a night ends with a minute, a retry never waits for one.
+-- What waits for the end of a night that is another now; update_due_messages lets it leave or holds it anew.
 woken AS (
     UPDATE outbox o
     SET available_at = now()
     FROM saved s
     WHERE %(patch)s::jsonb ?| '{quiet_from,quiet_to,timezone}'
-      AND o.user_id = s.user_id
-      AND (o.state = 'open' AND o.digest = 'quiet' AND o.token_minute IS NULL
-           OR o.state = 'pending' AND o.available_at = date_trunc('minute', o.available_at))
+      AND o.user_id = s.user_id AND o.token_minute IS NULL
+      AND (o.state = 'open' AND o.digest = 'quiet' OR o.state = 'pending')
 )
 SELECT user_id, email, timezone, locale,
        json_build_object(

@@ -256,3 +256,18 @@ def test_a_critical_one_finds_a_slot_that_others_cannot_fill(
 
 def texts(claimed: list[Any]) -> list[app.Line]:
     return [line for message in claimed for line in message.lines]
+
+
+def test_a_paused_providers_messages_ask_for_no_token_until_a_probe_may_go(
+    delivering: Callable[..., Running], post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+) -> None:
+    strict = delivering(email_per_minute=5, delivery_concurrency=0)
+    ask = functools.partial(strict.service.worker.db.run, "update_due_messages")
+    sql("INSERT INTO breakers VALUES ('email', 10, now() + interval '1 hour')")
+    for number in range(3):
+        post(title=str(number), severity="warning")
+    sql("UPDATE outbox SET token_minute = now() - interval '2 minutes'")
+    assert strict.call(ask()) == 0
+    sql("UPDATE breakers SET paused_until = now()")
+    drain()
+    assert sorted(letter.subject for letter in mailbox.messages) == ["0", "1", "2"]

@@ -192,19 +192,19 @@ def nap(name: str) -> bytes:
     text = app.QUERIES[name].text.decode()
     slow = {
         "claim_messages": (
-            "WHERE p.name IS NOT NULL AND (b",
-            "WHERE pg_sleep(0.3) IS NOT NULL AND p.name IS NOT NULL AND (b",
+            "WHERE p.paused_until IS NULL OR",
+            "WHERE pg_sleep(0.3) IS NOT NULL AND p.paused_until IS NULL OR",
         ),
-        "update_due_digests": (
-            "    WHERE o.state = 'open'",
-            "    WHERE pg_sleep(0.3) IS NOT NULL AND o.state = 'open'",
+        "update_due_messages": (
+            "WHERE o.provider = a.name",
+            "WHERE pg_sleep(0.3) IS NOT NULL AND o.provider = a.name",
         ),
     }[name]
     assert text.count(slow[0]) == 1
     return text.replace(*slow).encode()
 
 
-@pytest.mark.parametrize("name", ["claim_messages", "update_due_digests"])
+@pytest.mark.parametrize("name", ["claim_messages", "update_due_messages"])
 def test_what_joins_between_a_look_and_its_lock_is_not_lost(
     service: Running,
     post: Post,

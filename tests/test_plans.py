@@ -18,7 +18,7 @@ BIG = {"notifications", "outbox", "deliveries"}
 # Time-ordered ids of a million milliseconds; every twentieth notification is one heavy reader's.
 UUID = "(lpad(to_hex(1700000000000 + n), 12, '0') || '70008000' || lpad(to_hex(n), 12, '0'))::uuid"
 FILL = f"""
-    DROP INDEX notifications_idempotency_key, notifications_unread, notifications_unsettled, outbox_window, outbox_waiting, outbox_turn,
+    DROP INDEX notifications_idempotency_key, notifications_unread, notifications_unsettled, outbox_window, outbox_tokens, outbox_turn,
                outbox_suspects, outbox_finished, deliveries_message, deliveries_id;
     INSERT INTO notifications (user_id, id, event_name, title, body, severity, idempotency_key, subject_key, read_at,
                                archived_at)
@@ -57,6 +57,7 @@ CASES = {
     "update_resolved_notifications": {"subject_key": "subject-10"},
     "create_notifications": {"items": json.dumps(ITEMS)},
     "claim_messages": CLAIM,
+    "update_due_messages": {},
     "finish_messages": {"results": RESULTS},
     "release_messages": {"results": RESULTS},
     "retry_delivery": {"id": ID},

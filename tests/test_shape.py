@@ -49,7 +49,7 @@ FOR_EVERYBODY = {
     ("prune_rate_limits", "rate_limits"): "retention is by age",
     ("retry_deliveries", "deliveries"): "the admin's button for all that failed",
     ("retry_delivery", "deliveries"): "the admin names a delivery, not a user",
-    ("update_due_digests", "outbox"): "the worker looks at what is due, whose it may be",
+    ("update_due_messages", "outbox"): "the worker looks at what is due, whose it may be",
     ("update_resolved_notifications", "notifications"): "a subject is settled for every user at once",
 }
 
