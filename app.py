@@ -1268,7 +1268,7 @@ class Worker:
         async with self.claiming, self.intake.turn:
             if asked := await self.db.run("update_due_messages"):
                 self.wake.set()
-        await asyncio.sleep(0 if asked else self.settings.poll_seconds)  # more may wait: it takes 500 at a time
+        await asyncio.sleep(0 if asked else self.settings.poll_seconds)
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
