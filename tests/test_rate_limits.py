@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -415,6 +416,74 @@ def test_a_critical_webhook_does_not_wait_behind_the_others(
     assert severities == {"warning": 4, "critical": 30}
     turn_the_minute()
     assert len(hookbox.requests) == 38
+
+
+def test_a_digest_that_may_leave_waits_for_what_folds_into_it_just_then(
+    service: Running, mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, turn_the_minute: Any,
+    drain: Callable[[], None],
+) -> None:  # fmt: skip
+    """Critical ones have a limit of their own, but one digest with the others."""
+    with service.paused():
+        ids = burst(6)
+        for statement in NEXT_MINUTE:
+            sql(statement)
+        ids += burst(5)
+        urgent = burst(31, "critical")
+        sql("UPDATE outbox SET state = 'sent', finished_at = now() WHERE critical AND digest IS NULL")
+        for statement in NEXT_MINUTE * 2:
+            sql(statement)
+        assert service.call(service.service.worker.db.run("update_due_messages")) == 10, "nine and the digest"
+        [digest] = sql("SELECT critical, available_at > now(), token_minute = available_at, count(d) FROM outbox o"
+                      " JOIN deliveries d ON d.message_id = o.id WHERE digest = 'overflow' GROUP BY o.id, 1, 2, 3")  # fmt: skip
+        assert sql("SELECT count(*) FROM outbox WHERE state = 'open' AND digest IS NULL") == [(5,)]
+        assert digest == (True, True, True, 2 + 1 + 4)
+    drain()
+    turn_the_minute()
+    assert [letter.subject for letter in mailbox.messages[5:]] == ["7 notifications"]
+    assert len(mailed(sql)) == len(ids) + 1 and urgent[-1] in mailed(sql)
+
+
+def test_a_critical_one_that_folds_makes_its_digest_critical(
+    service: Running, mail_to_alice: None, burst: Any, sql: Sql
+) -> None:
+    with service.paused():
+        burst(6)
+        burst(20, "critical")
+        for statement in NEXT_MINUTE:
+            sql(statement)
+        burst(20, "critical")
+        assert sql("SELECT critical FROM outbox WHERE digest = 'overflow'") == [(False,)]
+        service.call(service.service.worker.db.run("update_due_messages"))
+        assert sql("SELECT critical FROM outbox WHERE digest = 'overflow'") == [(True,)]
+
+
+def test_an_event_that_joins_an_overflow_that_did_not_leave_is_told_the_next_minute(
+    mail_to_alice: None, burst: Any, api: httpx.Client, sql: Sql
+) -> None:
+    sql("INSERT INTO breakers VALUES ('email', 10, now() + interval '1 hour')")
+    burst(6)
+    for statement in NEXT_MINUTE * 2:
+        sql(statement)
+    burst(5)
+    body = {"user_id": "alice", "event_name": "e", "title": "t", "body": "", "severity": "warning"}
+    [delivery] = api.post("/api/notifications", json=body).json()["deliveries"]
+    [(told,)] = sql("SELECT date_trunc('minute', now()) + interval '1 minute'")
+    assert datetime.fromisoformat(delivery["available_at"]) == told
+
+
+def test_what_its_reader_sends_now_asks_for_no_token(
+    service: Running, mail_to_alice: None, burst: Any, alice: httpx.Client, mailbox: Mailbox, sql: Sql,
+    drain: Callable[[], None],
+) -> None:  # fmt: skip
+    with service.paused():
+        burst(9)
+        burst(30, "critical")
+        [waiting] = [each for each in alice.get("/api/outbox").json()["outbox"] if each["items"] > 1]
+        assert alice.post(f"/api/outbox/{waiting['id']}/send").status_code == 200
+        sql("DELETE FROM outbox WHERE id <> %s", waiting["id"])
+        sql("UPDATE outbox SET token_minute = least(token_minute, now() - interval '5 minutes') WHERE token_minute < 'infinity'")
+    drain()
+    assert [letter.subject for letter in mailbox.messages] == ["4 notifications"]
 
 
 def test_no_limit_is_no_limit(
