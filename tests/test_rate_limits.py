@@ -29,8 +29,8 @@ def service(delivering: Callable[..., Running]) -> Running:
 
 
 @pytest.fixture(autouse=True)
-def within_one_minute() -> None:
-    """No real minute turns in the middle of a test."""
+def within_one_minute(service: Running) -> None:
+    """No real minute turns in the middle of a test, which begins when the service is there."""
     while time.time() % 60 > 54:
         time.sleep(0.1)
 
@@ -481,7 +481,9 @@ def test_what_its_reader_sends_now_asks_for_no_token(
         [waiting] = [each for each in alice.get("/api/outbox").json()["outbox"] if each["items"] > 1]
         assert alice.post(f"/api/outbox/{waiting['id']}/send").status_code == 200
         sql("DELETE FROM outbox WHERE id <> %s", waiting["id"])
-        sql("UPDATE outbox SET token_minute = least(token_minute, now() - interval '5 minutes') WHERE token_minute < 'infinity'")
+        sql(
+            "UPDATE outbox SET token_minute = least(token_minute, now() - interval '5 minutes') WHERE token_minute < 'infinity'"
+        )
     drain()
     assert [letter.subject for letter in mailbox.messages] == ["4 notifications"]
 
