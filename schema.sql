@@ -255,7 +255,7 @@ CREATE INDEX IF NOT EXISTS intake_reader  -- hash: it holds whatever length
 
 -- Upgrades: dated statements that bring an older release's tables up to what is written above; the views
 -- below stand on them.
--- 2026-11-22: what is critical goes first.
+-- 2026-11-22: what is critical goes first; what waits is no longer counted, it asks for a token again.
 DROP INDEX IF EXISTS outbox_due, outbox_waiting, outbox_digests;
 -- 2026-11-21: the outbox leaves room for the two versions that follow.
 ALTER TABLE outbox SET (fillfactor = 40);
