@@ -139,8 +139,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=lambda field: f"BELLHOP
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
     """The settings of an environment, or a StartError that names the variable at fault."""
-    names = Settings.__struct_encode_fields__
-    values, given = dict[str, Any](), ""
+    names, values, given = Settings.__struct_encode_fields__, dict[str, Any](), ""
     try:
         for given, value in environ.items():
             base = given.removesuffix("_FILE")
@@ -148,6 +147,8 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
                 raise StartError(f"{base} and {base}_FILE are both set: keep one")
             if base in names and value:
                 text = value if base == given else Path(value).read_text().rstrip("\r\n")
+                if not text:  # a secret that was not mounted would be made anew
+                    raise StartError(f"{given} names an empty file")
                 parts = [part.strip() for part in text.split(",") if part.strip()]
                 values[base] = parts if base in LISTS else text
             elif base not in names and given.startswith("BELLHOP_"):
@@ -1264,11 +1265,11 @@ class Worker:
         return len(claimed)
 
     async def token_turn(self) -> None:
-        """Let go or hold back what is due without a token of this minute."""
+        """Let go or hold back what is due without a token of this minute; they end with it."""
         async with self.claiming, self.intake.turn:
             if asked := await self.db.run("update_due_messages"):
                 self.wake.set()
-        await asyncio.sleep(0 if asked else self.settings.poll_seconds)
+        await asyncio.sleep(0 if asked else min(self.settings.poll_seconds, 60.01 - time.time() % 60))
 
     async def deliver(self, message: Outgoing) -> None:
         """One attempt; how it ended is written down by the finish loop."""
@@ -1356,8 +1357,7 @@ class Hub:
     def __init__(self, bell: Service) -> None:
         self.bell = bell
         self.streams: dict[str, dict[asyncio.Task[None], asyncio.Event]] = {}  # and whether it is stale
-        self.closed = False
-        self.alone = True  # on this database
+        self.closed, self.alone = False, True  # alone on this database
         self.users, self.told = set[str](), asyncio.Event()  # of whom the others are to be told
 
     def publish(self, user_id: str) -> None:

@@ -130,7 +130,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     channel       text NOT NULL CONSTRAINT outbox_channel_known
                   CHECK (channel IN ('email', 'push', 'webhook')),
     target        uuid NOT NULL,        -- subscription or endpoint; all zeros for e-mail
-    digest        text,                 -- what collects here: key:<batch_key>, overflow, quiet
+    digest        text,                 -- what collects here: key:<batch_key>, overflow, quiet; skipped:<id>
     critical      boolean NOT NULL DEFAULT false,  -- leaves whatever the hour or the limit
     state         text NOT NULL DEFAULT 'open' CONSTRAINT outbox_state_known CHECK (state IN (
         'open',     -- not yet claimed; a digest still collects
@@ -255,8 +255,13 @@ CREATE INDEX IF NOT EXISTS intake_reader  -- hash: it holds whatever length
 
 -- Upgrades: dated statements that bring an older release's tables up to what is written above; the views
 -- below stand on them.
--- 2026-11-22: what is critical goes first; what waits is no longer counted, it asks for a token again.
+-- 2026-11-22: what is critical goes first; what waits is no longer counted, it asks for a token again,
+-- and a webhook holds that of the minute it waits for.
 DROP INDEX IF EXISTS outbox_due, outbox_waiting, outbox_digests;
+UPDATE outbox
+SET token_minute = date_trunc('minute', available_at)
+WHERE channel = 'webhook' AND state = 'open' AND available_at > now()
+  AND token_minute < date_trunc('minute', available_at);
 -- 2026-11-21: the outbox leaves room for the two versions that follow.
 ALTER TABLE outbox SET (fillfactor = 40);
 -- 2026-11-21: a browser's endpoint is unique, by another index.

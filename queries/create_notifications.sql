@@ -182,8 +182,7 @@ timed AS MATERIALIZED (
     ) folder
     WHERE j.reason IS NULL
 ),
--- The partial unique index is the window: the first item opens it, the rest join, a claim closes it. An overflow
--- digest that did not leave in its minute leaves in the next.
+-- The partial unique index is the window: the first item opens it, the rest join, a claim closes it.
 opened AS MATERIALIZED (
     INSERT INTO outbox AS o (user_id, id, channel, target, digest, critical, available_at, token_minute,
                              provider)
@@ -198,11 +197,7 @@ opened AS MATERIALIZED (
     ) first_of_message
     ORDER BY user_id, channel, target, digest, n
     ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
-    DO UPDATE SET critical = o.critical OR EXCLUDED.critical,  -- a claim sees by this write that it grew
-                  available_at = CASE WHEN o.token_minute < date_trunc('minute', now())
-                                      THEN EXCLUDED.available_at ELSE o.available_at END,
-                  token_minute = CASE WHEN o.token_minute < date_trunc('minute', now())
-                                      THEN EXCLUDED.token_minute ELSE o.token_minute END
+    DO UPDATE SET critical = o.critical OR EXCLUDED.critical  -- a claim sees by this write that it grew
     RETURNING o.user_id, o.id, o.channel, o.target, o.digest, o.available_at
 ),
 -- Each delivery with its message, or with the reason why there is none.

@@ -121,6 +121,7 @@
 		#stream = null;
 		#items = [];
 		#count = 0;
+		#reader = 0;
 		#parts = {};
 
 		constructor() {
@@ -137,7 +138,7 @@
 
 		set getToken(callback) {
 			this.#getToken = callback;
-			this.#token = null;
+			this.#forget();
 			this.#start();
 		}
 
@@ -161,9 +162,17 @@
 		}
 
 		attributeChangedCallback(name) {
-			if (name === "token" || name === "base-url") this.#token = null;
+			if (name === "token" || name === "base-url") this.#forget();
 			this.#dress();
 			if (name === "token" || name === "base-url") this.#start();
+		}
+
+		// Somebody else may sit here now: nothing of the last reader stays, and nothing on its way arrives.
+		#forget() {
+			this.#token = null;
+			this.#items = [];
+			this.#count = 0;
+			this.#reader++;
 		}
 
 		// ── looks
@@ -315,8 +324,10 @@
 		}
 
 		async refresh() {
+			const reader = this.#reader;
 			const response = await this.#ask("/api/notifications?limit=10");
 			const { notifications, unread_count: count } = await response.json();
+			if (reader !== this.#reader) return;
 			const changed = count !== this.#count;
 			this.#items = notifications;
 			this.#count = count;

@@ -126,6 +126,25 @@ def test_what_comes_after_a_skip_is_sent(
     assert [letter.subject for letter in mailbox.messages] == ["later"]
 
 
+def test_a_batch_that_begins_after_a_skip_has_its_own_time(
+    service: Running, post: Post, alice: httpx.Client, sql: Sql, drain: Callable[[], None], mailbox: Mailbox
+) -> None:
+    post(severity="warning", batch_key="k", title="skipped")
+    [skipped] = outbox(alice)
+    sql("UPDATE outbox SET available_at = now() + interval '1 second'")
+    assert alice.post(f"/api/outbox/{skipped['id']}/skip").status_code == 200
+    post(severity="warning", batch_key="k", title="later")
+    [begun] = outbox(alice)
+    assert begun["id"] != skipped["id"] and begun["batch_key"] == "k"
+    assert sql(
+        "SELECT available_at > now() + interval '4 minutes' FROM outbox WHERE id = %s", begun["id"]
+    ) == [(True,)]
+    sql("UPDATE outbox SET available_at = now()")
+    drain()
+    assert [letter.subject for letter in mailbox.messages] == ["later"]
+    assert sql("SELECT state FROM outbox WHERE id = %s", skipped["id"]) == [("void",)]
+
+
 def test_what_is_under_way_can_neither_be_skipped_nor_sent_again(
     post: Post, alice: httpx.Client, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
 ) -> None:

@@ -1222,6 +1222,19 @@ def test_the_widget_counts_marks_read_and_follows_live_on_another_site(
     assert not [url for url in asked if token in url], "the token must not be in an address"
 
 
+def test_the_widget_forgets_its_reader_with_the_token(
+    device: Devices, shop: Shop, service: Running, post: Post, api: httpx.Client
+) -> None:
+    token = api.post("/api/users/alice/token", json={"minutes": 5}).json()["token"]
+    post(title="For Alice alone")
+    page = visit_shop(device(None), shop, service, bell_of(token))
+    expect(page.locator("bellhop-bell .badge")).to_have_text("1")
+    page.evaluate("document.querySelector('bellhop-bell').removeAttribute('token')")
+    expect(page.locator("bellhop-bell .badge")).to_have_text("")
+    page.locator("bellhop-bell .bell").click()
+    expect(page.locator("bellhop-bell li")).to_have_count(0)
+
+
 def test_no_style_leaks_into_the_widget_or_out_of_it(
     device: Devices, shop: Shop, service: Running, post: Post, api: httpx.Client
 ) -> None:

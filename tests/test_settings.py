@@ -71,6 +71,7 @@ REFUSED: list[tuple[dict[str, str], str]] = [  # settings, and the variable that
     ({"BELLHOP_SECRET_FILE": "/no/such/file"}, "BELLHOP_SECRET"),
     ({"DATABASE_URL": "not a connection string"}, "DATABASE_URL"),
     ({"DATABASE_URL": "mysql://root:sesame@127.0.0.1/x"}, "DATABASE_URL"),
+    ({"BELLHOP_BASE_URL": "https://me:password@bell.example"}, "BELLHOP_BASE_URL"),
 ]  # fmt: skip
 
 
@@ -213,6 +214,9 @@ def test_a_value_can_come_from_a_file(tmp_path: Path) -> None:
         {"BELLHOP_SECRET_FILE": str(tmp_path / "secret"), "BELLHOP_PORT_FILE": str(tmp_path / "port")}
     )
     assert settings.secret == LONG and settings.port == 81
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(app.StartError, match="BELLHOP_SECRET_FILE names an empty file"):
+        app.load_settings({"BELLHOP_SECRET_FILE": str(tmp_path / "empty")})
     both = {"BELLHOP_SECRET": LONG, "BELLHOP_SECRET_FILE": str(tmp_path / "secret")}
     with pytest.raises(app.StartError, match="BELLHOP_SECRET"):
         app.load_settings(both)
