@@ -376,6 +376,37 @@ def test_a_retry_finds_room_beside_the_overflow_of_a_limit_of_one(
         assert sql(leaving) == [(2,)]
 
 
+def test_a_retry_waits_a_minute_however_many_fold_beside_it(
+    service: Running, mail_to_alice: None, burst: Any, sql: Sql
+) -> None:
+    with service.paused():
+        burst(1)
+        sql("UPDATE outbox SET state = 'pending', attempts = 1, token_minute = NULL")
+        burst(1000)
+        service.call(service.service.worker.db.run("update_due_messages"))
+        waits = "SELECT available_at = date_trunc('minute', now()) + interval '1 minute' FROM outbox WHERE state = 'pending'"
+        assert sql(waits) == [(True,)]
+
+
+def test_a_push_that_was_tried_finds_room_beside_the_digest_of_every_browser(
+    service: Running, reach: Callable[..., None], burst: Any, alice: httpx.Client, pushbox: Pushbox, sql: Sql
+) -> None:  # fmt: skip
+    reach("alice", push_enabled=True)
+    for _ in range(3):
+        assert alice.post("/api/push/subscriptions", json=pushbox.subscription().to_json()).is_success
+    with service.paused():
+        burst(2)
+        sql("UPDATE outbox SET state = 'pending', attempts = 1 WHERE digest IS NULL AND id ="
+            " (SELECT id FROM outbox WHERE digest IS NULL ORDER BY id LIMIT 1)")  # fmt: skip
+        for statement in [*NEXT_MINUTE, "UPDATE outbox SET token_minute = NULL WHERE state = 'pending'"]:
+            sql(statement)
+        sql("UPDATE outbox SET state = 'sent' WHERE state = 'open' AND digest IS NULL")
+        service.call(service.service.worker.db.run("update_due_messages"))
+        assert sql(
+            "SELECT token_minute = date_trunc('minute', now()) FROM outbox WHERE state = 'pending'"
+        ) == [(True,)]
+
+
 def test_a_crash_needs_no_second_token(
     service: Running, mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
 ) -> None:
