@@ -1265,7 +1265,7 @@ class Worker:
         return len(claimed)
 
     async def token_turn(self) -> None:
-        """Let go or hold back what is due without a token of this minute; they end with it."""
+        """Let go or hold back what is due without a token of this minute; look again when the next begins."""
         async with self.claiming, self.intake.turn:
             if asked := await self.db.run("update_due_messages"):
                 self.wake.set()

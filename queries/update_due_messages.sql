@@ -81,12 +81,15 @@ drawn AS MATERIALIZED (
         WINDOW lane AS (PARTITION BY a.owner, a.lane, a.target)
     ) n
 ),
--- What becomes of each: it leaves with a token (for ever, where there is no limit), or until when it is held. An
--- overflow digest has its place in the line since its minute began: it is counted, but not held back again.
+-- What becomes of each: it leaves with a token (for ever, where there is no limit), or where it folds, and until when
+-- it is held. An overflow digest has its place in the line since its minute began: counted, but not held back again.
 decided AS MATERIALIZED (
-    SELECT r.*, CASE WHEN r.until IS NULL THEN 'overflow' ELSE 'quiet' END AS folder,
+    SELECT r.user_id, r.id, r.channel, r.target, r.critical, r.provider,
            CASE WHEN n.leaves OR r.until IS NULL AND n.id IS NULL THEN coalesce(n.minute, 'infinity')
                 WHEN r.channel = 'webhook' THEN n.slot END AS token_minute,
+           CASE WHEN NOT r.folds THEN NULL
+                WHEN r.until IS NOT NULL THEN 'quiet'
+                WHEN NOT n.leaves THEN 'overflow' END AS folder,
            CASE WHEN NOT n.leaves AND r.channel = 'webhook' THEN n.slot
                 WHEN NOT n.leaves THEN n.minute + interval '1 minute'
                 ELSE r.until END AS held_until
@@ -100,7 +103,7 @@ opened AS MATERIALIZED (
     SELECT DISTINCT ON (user_id, channel, target, folder)
            user_id, (left(id::text, 15) || right(gen_random_uuid()::text, 21))::uuid, channel, target,
            folder, critical, held_until, CASE folder WHEN 'overflow' THEN held_until END, provider
-    FROM decided WHERE folds AND held_until IS NOT NULL
+    FROM decided WHERE folder IS NOT NULL
     ORDER BY user_id, channel, target, folder, critical DESC
     ON CONFLICT (user_id, channel, target, digest) WHERE state = 'open' AND digest IS NOT NULL
     DO UPDATE SET critical = o.critical OR EXCLUDED.critical,
@@ -113,21 +116,21 @@ moved AS (
     SET message_id = o.id
     FROM decided d
     JOIN opened o ON o.user_id = d.user_id AND o.channel = d.channel AND o.target = d.target AND o.digest = d.folder
-    WHERE d.folds AND d.held_until IS NOT NULL AND d.id <> o.id AND v.user_id = d.user_id AND v.message_id = d.id
+    WHERE d.id <> o.id AND v.user_id = d.user_id AND v.message_id = d.id
 ),
 -- and the message they leave was never tried, so nobody will miss it.
 folded AS (
     DELETE FROM outbox o
     USING decided d
     JOIN opened n ON n.user_id = d.user_id AND n.channel = d.channel AND n.target = d.target AND n.digest = d.folder
-    WHERE d.folds AND d.held_until IS NOT NULL AND d.id <> n.id AND o.user_id = d.user_id AND o.id = d.id
+    WHERE d.id <> n.id AND o.user_id = d.user_id AND o.id = d.id
 ),
 -- The others leave, or wait by themselves; what something was just folded into asks once more.
 settled AS (
     UPDATE outbox o
     SET token_minute = d.token_minute, available_at = coalesce(d.held_until, o.available_at)
     FROM decided d
-    WHERE o.user_id = d.user_id AND o.id = d.id AND (d.held_until IS NULL OR NOT d.folds)
+    WHERE o.user_id = d.user_id AND o.id = d.id AND d.folder IS NULL
       AND NOT EXISTS (SELECT FROM opened n WHERE n.user_id = o.user_id AND n.id = o.id)
 )
 SELECT count(*) AS asked FROM ready

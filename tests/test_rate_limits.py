@@ -360,7 +360,7 @@ def test_a_retry_costs_a_message_of_the_minute_it_leaves_in_and_keeps_its_identi
 
 
 def test_a_retry_finds_room_beside_the_overflow_of_a_limit_of_one(
-    delivering: Callable[..., Running], service: Running, mail_to_alice: None, sql: Sql, mailbox: Mailbox
+    delivering: Callable[..., Running], service: Running, mail_to_alice: None, sql: Sql
 ) -> None:
     """Else a user who is told too much every minute would never get what was tried once."""
     strict = delivering(email_per_minute=1, delivery_concurrency=0)
@@ -407,6 +407,20 @@ def test_a_push_that_was_tried_finds_room_beside_the_digest_of_every_browser(
         ) == [(True,)]
 
 
+def test_one_process_at_a_time_gives_tokens(
+    service: Running, mail_to_alice: None, burst: Any, database: str, sql: Sql
+) -> None:
+    """Two would lock the same users' rows and counters in orders of their own."""
+    ask = service.service.worker.db.run
+    with service.paused(), psycopg.connect(database) as other:
+        burst(2)
+        sql("UPDATE outbox SET token_minute = NULL")
+        other.execute("SELECT pg_advisory_xact_lock(hashtext('bellhop tokens'))")
+        assert service.call(ask("update_due_messages")) == 0
+        other.rollback()
+        assert service.call(ask("update_due_messages")) == 2
+
+
 def test_a_crash_needs_no_second_token(
     service: Running, mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
 ) -> None:
@@ -449,9 +463,8 @@ def test_a_critical_webhook_does_not_wait_behind_the_others(
 
 
 def test_a_digest_that_may_leave_takes_along_what_folds_into_it_just_then(
-    service: Running, mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, turn_the_minute: Any,
-    drain: Callable[[], None],
-) -> None:  # fmt: skip
+    service: Running, mail_to_alice: None, burst: Any, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+) -> None:
     """Critical ones have a limit of their own, but one digest with the others."""
     with service.paused():
         ids = burst(6)

@@ -167,3 +167,11 @@ def test_every_table_of_a_user_is_led_by_the_user(sql: Sql) -> None:
     assert found == owned
     for table, definition in keys:
         assert table not in owned or "KEY (user_id" in definition, (table, definition)
+
+
+def test_webhooks_that_wait_in_an_older_line_keep_their_minutes(sql: Sql) -> None:
+    sql("INSERT INTO outbox (user_id, id, channel, target, available_at, token_minute, provider)"
+        " SELECT 'alice', gen_random_uuid(), 'webhook', gen_random_uuid(), minute + n * interval '1 minute', minute, 'webhook:a'"
+        " FROM date_trunc('minute', now()) AS minute, generate_series(1, 3) AS n")  # fmt: skip
+    sql((app.HERE / "schema.sql").read_text())
+    assert sql("SELECT bool_and(token_minute = available_at) FROM outbox") == [(True,)]
