@@ -196,6 +196,9 @@ def test_an_endpoint_is_changed_switched_off_and_on_and_deleted(
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, "url"), ({"url": "ftp://example.org/"}, "url"), ({"url": "http://user:pw@127.0.0.1/"}, "url"),
     ({"url": "/relative"}, "url"), ({"url": "https://example.org/", "events": []}, "events"),
+    ({"url": "https://example.org:65536/"}, "url"), ({"url": "https://example.org:99999/"}, "url"),
+    ({"url": "https://[::1/"}, "url"), ({"url": "https://example..org/"}, "url"),
+    ({"url": "https://.example.org/"}, "url"), ({"url": "https://example.org:port/"}, "url"),
     ({"url": "https://example.org/", "events": "*"}, "events"),
     ({"url": "https://example.org/", "min_severity": "loud"}, "min_severity"),
     ({"url": "https://example.org/", "user_id": ""}, "user_id"),
@@ -207,6 +210,14 @@ def test_a_wrong_endpoint_is_refused_by_name(api: httpx.Client, sql: Sql) -> Non
     for body, field in WRONG:
         problem(api.post("/api/webhooks", json=body), 400, field)
     assert sql("SELECT 1 FROM webhook_endpoints") == []
+
+
+def test_every_address_that_can_be_connected_to_is_taken(api: httpx.Client) -> None:
+    for host in ("example.org", "example.org.", "bücher.example", "[2001:db8::1]", "x_y.example.org", "192.0.2.1"):
+        for port in ("", ":1", ":8443", ":59999", ":65535"):
+            for rest in ("", "/", "/a..b:99999?c=[d]", "?c"):
+                made = api.post("/api/webhooks", json={"url": f"https://{host}{port}{rest}"})
+                assert made.status_code == 201, made.text
 
 
 def test_a_webhook_to_an_address_inside_is_refused_and_never_called(
