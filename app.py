@@ -41,7 +41,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
 from email.message import EmailMessage
@@ -1520,11 +1520,6 @@ def header_key(ask: Ask) -> str | None:
     return short_text(given, 255, "invalid", "Expected 1 to 255 characters of UTF-8", "Idempotency-Key")
 
 
-def results(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The short answer for many."""
-    return {"results": [{name: row[name] for name in ("user_id", "id", "inserted")} for row in rows]}
-
-
 async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     """Store a notification: 201, or 200 when its key was seen before. With user_ids one for each
     user; with deliver_at 202, and it is stored when due."""
@@ -1536,21 +1531,22 @@ async def create_notification(ask: Ask, asked: NotificationCreate) -> Reply:
     rows = await ask.bell.intake.ask(items)
     if asked.user_ids is None:
         return Reply(rows[0]["answer"], 201 if rows[0]["inserted"] else 200)
-    return Reply(results(rows), 201)
+    return Reply({"results": [row["answer"] for row in rows]}, 201)
 
 
 async def preview_notification(ask: Ask, asked: NotificationCreate) -> Any:
     """What would happen to a notification; nothing is stored."""
     items = encode(make_items(ask.user, asked, header_key(ask)))
     rows = await ask.bell.db.bind(rollback=True).many("create_notifications", items=items)
-    return rows[0]["answer"] if asked.user_ids is None else results(rows)
+    return rows[0]["answer"] if asked.user_ids is None else {"results": [row["answer"] for row in rows]}
 
 
 async def create_notifications(ask: Ask, batch: Batch) -> Any:
     """Store up to 1,000 notifications, all or none."""
     key, wanted = header_key(ask), enumerate(batch.notifications)
     items = [make_item(asked.user_id, asked, key and f"{key}:{index}") for index, asked in wanted]
-    return results(await ask.bell.intake.ask([item | {"brief": True} for item in items]))
+    rows = await ask.bell.intake.ask([item | {"brief": True} for item in items])
+    return {"results": [row["answer"] for row in rows]}
 
 
 async def list_notifications(ask: Ask, wanted: InboxWanted) -> Reply:

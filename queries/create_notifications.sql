@@ -150,14 +150,16 @@ counted AS MATERIALIZED (
             ELSE 0 END
     RETURNING r.user_id, r.lane, r.target, r.minute, r.used
 ),
--- The number each one drew, and the minute of which it is: up to the limit this one.
+-- The number each one drew, and the minute of which it is: up to the limit this one. FULL JOIN, here and below, because
+-- every row of its right side stems from the left: it cannot be a nested loop, which the planner, who expects two
+-- rows of any step, would choose for a batch of thousands as well.
 drawn AS MATERIALIZED (
     SELECT n.delivery_id, n.channel_limit, n.number, n.minute,
            n.minute + ((n.number - 1) / n.channel_limit) * interval '1 minute' AS slot
     FROM (
         SELECT a.delivery_id, a.channel_limit, c.minute, c.used - max(a.place) OVER lane + a.place AS number
         FROM asking a
-        JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
+        FULL JOIN counted c ON c.user_id = a.owner AND c.lane = a.lane AND c.target = a.target
         WINDOW lane AS (PARTITION BY a.owner, a.lane, a.target)
     ) n
 ),
@@ -173,7 +175,7 @@ timed AS MATERIALIZED (
                 WHEN d.number > d.channel_limit THEN d.slot
                 ELSE now() END AS available_at
     FROM judged j
-    LEFT JOIN drawn d ON d.delivery_id = j.delivery_id
+    FULL JOIN drawn d ON d.delivery_id = j.delivery_id
     CROSS JOIN LATERAL (
         SELECT CASE WHEN j.way = 'quiet' THEN 'quiet'
                     WHEN j.way = 'batch' THEN 'key:' || j.batch_key
@@ -205,8 +207,8 @@ queued AS (
     SELECT t.n, t.user_id, t.id, t.channel, t.target, t.delivery_id, o.id AS message_id, t.redacted,
            NULL AS reason, o.available_at
     FROM timed t
-    JOIN opened o ON o.user_id = t.user_id AND o.channel = t.channel AND o.target = t.target
-                 AND coalesce(o.digest, o.id::text) = coalesce(t.digest, t.message_id::text)
+    FULL JOIN opened o ON o.user_id = t.user_id AND o.channel = t.channel AND o.target = t.target
+                      AND coalesce(o.digest, o.id::text) = coalesce(t.digest, t.message_id::text)
     UNION ALL
     SELECT n, user_id, id, channel, target, delivery_id, NULL, redacted, reason, NULL
     FROM judged WHERE reason IS NOT NULL
@@ -227,9 +229,10 @@ told AS (
            bool_or(available_at <= now()) AS leaves
     FROM queued GROUP BY n
 )
-SELECT i.user_id, s.id::text, f.n IS NOT NULL AS inserted,
-       json_build_object('notification', n.notification,
-                         'deliveries', coalesce(told.deliveries, '[]'::json)) AS answer,
+SELECT i.user_id, f.n IS NOT NULL AS inserted,
+       CASE WHEN i.brief THEN json_build_object('user_id', i.user_id, 'id', s.id, 'inserted', f.n IS NOT NULL)
+            ELSE json_build_object('notification', n.notification,
+                                   'deliveries', coalesce(told.deliveries, '[]'::json)) END AS answer,
        coalesce(told.leaves, false) AS leaves
 FROM item i
 LEFT JOIN stored s ON s.user_id = i.user_id AND s.ref = i.ref

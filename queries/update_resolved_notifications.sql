@@ -6,11 +6,12 @@ WITH settled AS (
     WHERE subject_key = %(subject_key)s::text AND (read_at IS NULL OR archived_at IS NULL)
     RETURNING user_id, id
 ),
--- Locked, so that none of them is claimed meanwhile; in the order in which creates lock what they join.
+-- Locked, so that none of them is claimed meanwhile; in the order in which creates lock what they join. IS TRUE keeps
+-- the partial indexes of all that waits, and below a loop over it, out of the plan: a subject may be a broadcast's.
 waiting AS MATERIALIZED (
     SELECT o.user_id, o.id
     FROM outbox o
-    WHERE o.state IN ('open', 'pending')
+    WHERE (o.state IN ('open', 'pending')) IS TRUE
       AND (o.user_id, o.id) IN (
           SELECT d.user_id, d.message_id FROM deliveries d
           JOIN settled s ON s.user_id = d.user_id AND s.id = d.notification_id AND d.status = 'queued')
@@ -27,7 +28,8 @@ emptied AS (
 dropped AS (
     UPDATE deliveries d
     SET status = 'suppressed', reason = 'already_read'
-    FROM settled s JOIN waiting w ON w.user_id = s.user_id
-    WHERE d.user_id = s.user_id AND d.notification_id = s.id AND d.status = 'queued' AND d.message_id = w.id
+    FROM settled s
+    WHERE d.user_id = s.user_id AND d.notification_id = s.id AND d.status = 'queued'
+      AND ((d.user_id, d.message_id) IN (SELECT w.user_id, w.id FROM waiting w)) IS TRUE
 )
 SELECT count(*) AS resolved, coalesce(array_agg(DISTINCT user_id), '{}') AS changed FROM settled

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -288,6 +289,33 @@ def test_a_batch_that_the_database_refuses_stores_nothing(api: httpx.Client, sql
     reply = api.post("/api/notifications/batch", content=body, headers={"Content-Type": "application/json"})
     problem(reply, 400)
     assert sql("SELECT count(*) FROM notifications") == [(0,)]
+
+
+def test_ten_times_as_many_with_many_targets_do_not_take_a_hundred_times_as_long(
+    api: httpx.Client, sql: Sql
+) -> None:
+    """Each of the thousand has e-mail, three browsers and three webhooks: as a loop over all pairs that is minutes."""
+    users = "FROM generate_series(0, 999) AS n"
+    sql(
+        f"INSERT INTO notification_preferences (user_id, email, email_enabled, push_enabled) SELECT 'u' || n, 'a@b.c', true, true {users}"
+    )
+    sql(
+        "INSERT INTO push_subscriptions (user_id, endpoint, host, p256dh, auth)"
+        f" SELECT 'u' || n, 'https://push.example/' || n || '/' || k, 'push.example', 'x', 'y' {users}, generate_series(1, 3) AS k"
+    )
+    for path in range(3):
+        assert api.post("/api/webhooks", json={"url": f"https://hook.example/{path}"}).status_code == 201
+
+    def seconds(size: int, severity: str) -> float:
+        bodies = [NOTE | {"user_id": f"u{n}", "severity": severity} for n in range(size)]
+        started = time.perf_counter()
+        assert api.post("/api/notifications/batch", json={"notifications": bodies}).status_code == 201
+        return time.perf_counter() - started
+
+    for severity in ("warning", "critical"):
+        few = min(seconds(100, severity) for _ in range(3))
+        assert seconds(1000, severity) < 40 * few, "ten times the work, not a hundred times"
+    assert sql("SELECT count(*) FROM deliveries") == [(2 * 1300 * 7,)]
 
 
 def test_a_thousand_in_a_batch_or_for_a_thousand_users_are_all_stored(api: httpx.Client, sql: Sql) -> None:

@@ -1,6 +1,7 @@
 """What programs do for users: contact, export, erase, tokens, settling a subject."""
 
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -244,6 +245,37 @@ def test_resolving_beside_creates_that_join_the_same_digests_never_deadlocks(
     with ThreadPoolExecutor(3) as workers:
         list(workers.map(work, ["one", "two", "three"]))
     assert deadlocks == []
+
+
+BROADCAST = """
+    WITH told AS (
+        INSERT INTO notifications (user_id, id, event_name, title, body, severity, subject_key)
+        SELECT %(subject)s || n, gen_random_uuid(), 'e', 't', 'b', 'warning', %(subject)s
+        FROM generate_series(1, %(size)s) AS n
+        RETURNING user_id, id
+    ),
+    waiting AS (
+        INSERT INTO outbox (user_id, id, channel, target, available_at, provider)
+        SELECT user_id, id, 'email', id, now() + interval '1 hour', 'email' FROM told
+    )
+    INSERT INTO deliveries (user_id, notification_id, channel, target, id, message_id, status)
+    SELECT user_id, id, 'email', id, id, id, 'queued' FROM told"""
+
+
+def test_a_subject_of_twenty_times_as_many_does_not_take_a_hundred_times_as_long(
+    api: httpx.Client, postgresql: psycopg.Connection, sql: Sql
+) -> None:
+    seconds = []
+    for subject, size in (("few", 400), ("many", 8000)):
+        with postgresql.transaction():
+            postgresql.execute(BROADCAST, {"subject": subject, "size": size})
+        started = time.perf_counter()
+        assert api.post("/api/resolve", json={"subject_key": subject}).json() == {"resolved": size}
+        seconds.append(time.perf_counter() - started)
+    few, many = seconds
+    assert many < 100 * few, "twenty times the work; as a loop over all pairs 400 times"
+    assert sql("SELECT count(*), count(reason) FROM deliveries WHERE status = 'suppressed'") == [(8400, 8400)]
+    assert sql("SELECT DISTINCT state FROM outbox") == [("void",)]
 
 
 def test_resolving_reads_what_was_archived_unread(
