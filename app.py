@@ -44,8 +44,9 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
+from email.header import Header
 from email.message import EmailMessage
-from email.policy import SMTP as SMTP_POLICY
+from email.policy import EmailPolicy
 from email.utils import parseaddr, parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -926,7 +927,6 @@ TEMPLATES.filters["json"] = encode
 TEMPLATES.autoescape = jinja2.select_autoescape()  # .html, not .txt and .json
 MAIL_FAULTS = (aiosmtplib.SMTPException, OSError)
 MAIL_IDLE = 30  # seconds; servers hang up after a minute or more: be gone before they are
-MAIL_POLICY = SMTP_POLICY.clone(max_line_length=998, cte_type="7bit")  # folding breaks List-Unsubscribe
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 UNICAST6 = ipaddress.ip_network("2000::/3")  # all of IPv6 that is handed out; Python calls more of it global
 VAPID_SECONDS = 21_600  # a token is used for one such period and good for two; more than 24 h is refused
@@ -971,6 +971,18 @@ def smtp_arguments(url: str) -> dict[str, Any]:
     given = {"hostname": server.host, "username": server.user, "password": server.password}
     given |= {"port": server.port or (465 if secure else 587), "use_tls": secure}
     return given | {"start_tls": not secure and modes[server.query_string]}
+
+
+class MailPolicy(EmailPolicy):
+    def fold_binary(self, name: str, value: Any) -> bytes:
+        """An encoded word has at most 75 characters; nothing else is folded: List-Unsubscribe would break."""
+        if name != "Subject" or value.isascii():
+            return super().fold_binary(name, value)
+        words = Header(value, "utf-8", 76, name).encode(linesep=self.linesep)
+        return f"{name}: {words}{self.linesep}".encode()
+
+
+MAIL_POLICY = MailPolicy(linesep="\r\n", max_line_length=998, cte_type="7bit")
 
 
 class MailClient(aiosmtplib.SMTP):
@@ -1103,9 +1115,9 @@ class Outbound:
     def compose(self, message: Outgoing) -> bytes:
         """The mail, read again as its reader will: ValueError when a header was added or is missing."""
         told = self._told(message)
-        mail = EmailMessage(policy=MAIL_POLICY)
-        claims = {"sub": message.user_id, "event": message.event_name}
-        told["token"] = jwt.encode(claims, derive(self.settings.secret, "unsubscribe"), "HS256")
+        mail = EmailMessage(policy=MAIL_POLICY.clone(max_line_length=76))  # of its text
+        claims = msgspec.json.encode({"sub": message.user_id, "event": message.event_name})  # no \u: short
+        told["token"] = jwt.PyJWS().encode(claims, derive(self.settings.secret, "unsubscribe"), "HS256")
         told["subject"] = told["title"].replace("=?", "= ?")  # Python would decode it, newlines included
         for name, value in CHANNELS["email"]["headers"].items():
             mail[name] = value.format(**told)
@@ -1113,7 +1125,7 @@ class Outbound:
         mail.set_content(TEMPLATES.get_template(f"{kind}.txt").render(told))
         mail.make_alternative(derive(self.settings.secret, str(message.id)).hex())  # nobody guesses the seam
         mail.add_alternative(TEMPLATES.get_template(f"{kind}.html").render(told), subtype="html")
-        raw = mail.as_bytes()
+        raw = mail.as_bytes(policy=MAIL_POLICY)
         if message_from_bytes(raw).keys() != mail.keys():
             raise ValueError("a text of this message changes the headers of its mail")
         return raw

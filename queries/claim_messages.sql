@@ -194,7 +194,8 @@ WHERE o.ctid = ANY (ARRAY(SELECT found.place FROM decided found)) AND o.user_id 
 -- The fields of a Line, then of Outgoing: to build JSON of them would cost as much as all the looking.
 RETURNING d.newest_id::uuid, d.text, d.event_name, d.severity, d.told_at,
           o.user_id, CASE WHEN d.verdict = 'sending' THEN o.id END, o.claim_seq, d.channel, d.provider,
-          coalesce(d.locale, 'en'), d.created_at, d.address, d.total,
+          -- A digest is complete now, however long it gathered.
+          coalesce(d.locale, 'en'), CASE WHEN d.digest IS NULL THEN d.created_at ELSE now() END, d.address, d.total,
           CASE WHEN d.total = 1 THEN d.event_name END,
           -- Of a digest the most severe ten, then the newest.
           CASE WHEN d.lines IS NOT NULL THEN (

@@ -101,6 +101,44 @@ def test_a_mail_has_exactly_these_headers(tmp_path: Path) -> None:
     assert [part.get_content_type() for part in parsed.walk()][1:] == ["text/plain", "text/html"]
 
 
+@pytest.mark.parametrize(
+    ("sender", "shown"),
+    [
+        ("bell@example.org", ""), ("Bell <bell@example.org>", "Bell"), ("Acme Inc. <bell@example.org>", "Acme Inc."),
+        ("Bjørn Glöckner <bell@example.org>", "Bjørn Glöckner"), ("<bell@example.org>", ""),
+        ('"Bjørn, Glöckner" <bell@example.org>', "Bjørn, Glöckner"), ('"Acme, Inc." <bell@example.org>', "Acme, Inc."),
+        ("Müller GmbH & Co. KG <bell@example.org>", "Müller GmbH & Co. KG"), ("日本 <bell@example.org>", "日本"),
+    ],
+)  # fmt: skip
+def test_a_sender_that_is_taken_is_shown_as_it_was_written(sender: str, shown: str, tmp_path: Path) -> None:
+    outbound = app.Outbound(outbound_settings(tmp_path, mail_from=sender))
+    parsed = message_from_bytes(outbound.compose(mail()), policy=policy.default)
+    [address] = parsed["From"].addresses
+    assert (
+        (address.display_name, address.addr_spec) == (shown, "bell@example.org") == (shown, outbound.sender)
+    )
+    assert parsed["Message-ID"].endswith("@example.org>")
+
+
+@pytest.mark.parametrize("text", ["x" * 200, "€ " * 100, "알" * 200, "word " * 40, "😀" * 200])
+def test_lines_are_no_longer_than_mail_allows(text: str, tmp_path: Path) -> None:
+    """RFC 2045: 76 characters; RFC 2047: 75 for an encoded word, in a line of 76. Other fields stay whole."""
+    ids = {"user_id": "알" * 40, "event_name": "이" * 120}
+    outbound = app.Outbound(outbound_settings(tmp_path))
+    for message in (mail(**ids), outgoing("email", ALICE, *[line(text)] * 10, total=12, **ids)):
+        message.lines = [line(text)] * len(message.lines)
+        raw = outbound.compose(message)
+        head, _, parts = raw.partition(b"\r\n\r\n")
+        if not text.isascii():
+            assert max(map(len, head.partition(b"\r\nFrom:")[0].split(b"\r\n"))) <= 76
+        assert max(map(len, parts.split(b"\r\n"))) <= 78
+        parsed = message_from_bytes(raw, policy=policy.default)
+        assert parsed["Subject"] == ("12 notifications" if message.total > 1 else text.strip()[:200].strip())
+        link = str(parsed["List-Unsubscribe"])
+        assert link.startswith("<https://") and link.endswith(">") and b"List-Unsubscribe: <https" in raw
+        assert message.lines[0].text.strip() in parsed.get_body(("plain",)).get_content()
+
+
 def test_a_retried_mail_has_the_same_identity(tmp_path: Path) -> None:
     outbound, message = app.Outbound(outbound_settings(tmp_path)), mail()
     first, second = (message_from_bytes(outbound.compose(message)) for _ in range(2))

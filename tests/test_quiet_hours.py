@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -73,6 +74,23 @@ def test_who_moves_or_ends_the_night_need_not_wait_for_the_end_it_had(
     reach("alice", quiet_from=None, quiet_to=None)
     drain()
     assert len(mailbox.messages) == 1
+
+
+def test_the_digest_of_a_night_is_dated_when_it_leaves(
+    reach: Callable[..., None], sleep: Any, post: Post, mailbox: Mailbox, sql: Sql, drain: Callable[[], None]
+) -> None:
+    sleep()
+    post(severity="warning")
+    post(severity="critical")
+    drain()
+    aged = "created_at = created_at - interval '8 hours'"
+    sql(f"UPDATE outbox SET {aged}")
+    sql(f"UPDATE notifications SET {aged}")
+    sql(OVER)
+    sql(DUE)
+    drain()
+    alone, digest = (parsedate_to_datetime(letter.message["Date"]) for letter in mailbox.messages)
+    assert abs(digest - alone) < timedelta(hours=1)
 
 
 def test_a_digest_that_comes_due_at_night_waits_for_the_morning_too(

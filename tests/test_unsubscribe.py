@@ -47,6 +47,16 @@ def test_a_mail_programs_click_ends_all_mail_and_may_come_twice(
     assert sql("SELECT count(*) FROM suppressions") == [(1,)]
 
 
+@pytest.mark.parametrize("form", [{"List-Unsubscribe": "One-Click"}, {"event": "invoice.due"}])
+def test_an_old_link_stores_nothing_about_who_was_erased(
+    link: str, api: httpx.Client, contents: Callable[[], Any], form: dict[str, str]
+) -> None:
+    assert api.delete("/api/users/alice").status_code == 204
+    before = contents()
+    assert httpx.post(link, data=form).status_code == 200
+    assert contents() == before
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_looking_changes_nothing(link: str, contents: Callable[[], Any], method: str) -> None:
     before = contents()
