@@ -929,6 +929,7 @@ MAIL_FAULTS = (aiosmtplib.SMTPException, OSError)
 MAIL_IDLE = 30  # seconds; servers hang up after a minute or more: be gone before they are
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 UNICAST6 = ipaddress.ip_network("2000::/3")  # all of IPv6 that is handed out; Python calls more of it global
+RECEIVE_BYTES = 8192  # read at once, at most: an endless answer leaves the loop to others in between
 VAPID_SECONDS = 21_600  # a token is used for one such period and good for two; more than 24 h is refused
 
 
@@ -1042,13 +1043,17 @@ def guarded_socket(allow: list[Any], plain: bool, info: Any) -> socket.socket:
     public = address.is_global and not address.is_multicast and (address.version == 4 or address in UNICAST6)
     if not any(address in network for network in allow) and (plain or not public):
         raise PermissionError("the address is not public, or it is and http:// is not allowed there")
-    return socket.socket(*info[:3])
+    guarded = socket.socket(*info[:3])
+    guarded.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+    return guarded
 
 
 def retry_after(value: str) -> float | None:
     """Seconds from a Retry-After header, a number or a date; at most a day."""
     with contextlib.suppress(ValueError, OverflowError):  # a year that no clock reaches
-        later = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
+        if value.isdecimal():
+            return min(float(value), 86_400.0)
+        later = parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp() - time.time()  # always GMT
         return min(max(later, 0.0), 86_400.0)
     return None
 

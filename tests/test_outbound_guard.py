@@ -77,6 +77,13 @@ def test_an_address_inside_is_refused(address: str) -> None:
     assert not allowed(address, "9.9.9.9/32", "2001:db8:9::/48")
 
 
+def test_an_endless_answer_is_read_in_small_pieces() -> None:
+    """A buffer of the usual size, always full, would keep the loop parsing for seconds."""
+    options = socket.SOL_SOCKET, socket.SO_RCVBUF
+    with socket.socket() as usual, app.guarded_socket([], False, (2, 1, 6, "", ("8.8.8.8", 443))) as guarded:
+        assert guarded.getsockopt(*options) <= 4 * app.RECEIVE_BYTES < usual.getsockopt(*options)
+
+
 @pytest.mark.parametrize("address", OUTSIDE)
 def test_a_public_address_is_allowed_but_not_in_plain_text(address: str) -> None:
     assert allowed(address)
@@ -248,6 +255,16 @@ def test_a_long_answer_to_a_success_is_not_waited_for(hookbox: Hookbox, tmp_path
 )  # fmt: skip
 def test_retry_after_is_honoured_up_to_a_day(header: str, seconds: float | None) -> None:
     assert app.retry_after(header) == seconds
+
+
+def test_retry_after_is_in_gmt_wherever_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    later = datetime.now(UTC) + timedelta(minutes=2)
+    for form in ("%a, %d %b %Y %H:%M:%S GMT", "%a, %d %b %Y %H:%M:%S -0000", "%a %b %d %H:%M:%S %Y"):
+        assert app.retry_after(later.strftime(form)) == pytest.approx(120, abs=3)
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_retry_after_may_be_a_date(hookbox: Hookbox, tmp_path: Path) -> None:
