@@ -1678,7 +1678,7 @@ FILES_VERSION = hashlib.blake2b(b"".join(FILES.values()), digest_size=6).hexdige
 
 def show_page(ask: Ask, name: str, status: int = 200, **values: Any) -> Reply:
     """A template in the reader's language."""
-    lang = language(f"{values.get('locale', '')},{ask.header('accept-language')}")
+    lang = language(f"{values.get('locale') or ''},{ask.header('accept-language')}")
     values |= {"lang": lang, "w": WORDS[lang], "status": status, "path": ask.here}
     values |= {"user_id": ask.user.user_id, "is_admin": ask.user.admin}
     text = TEMPLATES.get_template(f"{name}.html").render(values)
@@ -2119,10 +2119,10 @@ ROUTES = [
     Route("GET", "/sw.js", "", get_asset),
     Route("GET", "/openapi.json", "", get_asset),
     page("/login", "", "login"),
-    page("/", "user", "inbox", "list_notifications", "list_outbox"),
-    page("/n/{id:uuid}", "user", "notification", "get_preferences", "get_notification"),
-    page("/preferences", "user", "preferences", "get_preferences", "list_event_names"),
-    page("/admin", "admin user", "admin", "get_preferences", *ADMIN_ROWS),
+    page("/", "user", "inbox", "list_notifications", "list_outbox", "get_locale"),
+    page("/n/{id:uuid}", "user", "notification", "get_notification", "get_locale"),
+    page("/preferences", "user", "preferences", "get_preferences", "list_event_names", "get_locale"),
+    page("/admin", "admin user", "admin", "get_locale", *ADMIN_ROWS),
 ]
 
 

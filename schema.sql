@@ -88,7 +88,7 @@ CREATE TABLE IF NOT EXISTS notification_preferences (
     quiet_to        time,
     timezone        text NOT NULL DEFAULT 'UTC' CONSTRAINT preferences_timezone_known
                     CHECK (timestamptz '2000-01-01 00:00+00' AT TIME ZONE timezone IS NOT NULL),
-    locale          text NOT NULL DEFAULT 'en',
+    locale          text,               -- NULL: not chosen; messages are in English, pages as the browser asks
     events          jsonb NOT NULL DEFAULT '{}'  -- {"comment.*": {"email": false}}
                     CONSTRAINT preferences_events_size CHECK (octet_length(events::text) <= 32768)
 );
@@ -262,6 +262,8 @@ UPDATE outbox
 SET token_minute = date_trunc('minute', available_at)
 WHERE channel = 'webhook' AND state = 'open' AND available_at > now()
   AND token_minute < date_trunc('minute', available_at);
+-- 2026-11-22: a language that was not chosen is told from English.
+ALTER TABLE notification_preferences ALTER COLUMN locale DROP NOT NULL, ALTER COLUMN locale DROP DEFAULT;
 -- 2026-11-21: the outbox leaves room for the two versions that follow.
 ALTER TABLE outbox SET (fillfactor = 40);
 -- 2026-11-21: a browser's endpoint is unique, by another index.
@@ -285,7 +287,7 @@ END $$;
 CREATE OR REPLACE VIEW default_preferences AS
 SELECT NULL::text AS email, true AS in_app_enabled, false AS email_enabled, false AS push_enabled,
        5 AS digest_minutes, 'warning' AS min_severity, NULL::time AS quiet_from, NULL::time AS quiet_to,
-       'UTC' AS timezone, 'en' AS locale, '{}'::jsonb AS events;
+       'UTC' AS timezone, NULL::text AS locale, '{}'::jsonb AS events;
 
 -- A notification as its owner sees it: the columns of the API, in its order.
 CREATE OR REPLACE VIEW inbox AS

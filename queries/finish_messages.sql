@@ -134,7 +134,8 @@ noticed AS (
     ) n
     LEFT JOIN notification_preferences p ON p.user_id = n.user_id
     CROSS JOIN LATERAL (
-        SELECT coalesce(%(notices)s::jsonb -> left(p.locale, 2), %(notices)s::jsonb -> 'en') AS text
+        SELECT coalesce(%(notices)s::jsonb -> lower(split_part(translate(p.locale, '_', '-'), '-', 1)),
+                        %(notices)s::jsonb -> 'en') AS text
     ) words
 )
 SELECT channel, state, verdict, count(*) AS times FROM finished GROUP BY channel, state, verdict

@@ -9,11 +9,11 @@ SELECT u.user_id, p.email, p.timezone, p.locale,
 FROM (VALUES (%(user_id)s::text)) AS u (user_id)
 CROSS JOIN LATERAL (
     SELECT email, in_app_enabled, email_enabled, push_enabled, digest_minutes, min_severity,
-           quiet_from, quiet_to, timezone, locale, events
+           quiet_from, quiet_to, timezone, coalesce(locale, 'en') AS locale, events
     FROM notification_preferences c WHERE c.user_id = u.user_id
     UNION ALL
     SELECT email, in_app_enabled, email_enabled, push_enabled, digest_minutes, min_severity,
-           quiet_from, quiet_to, timezone, locale, events
+           quiet_from, quiet_to, timezone, 'en', events
     FROM default_preferences
     LIMIT 1
 ) p

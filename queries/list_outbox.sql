@@ -1,7 +1,5 @@
--- A user's messages that have not left yet, the next one first; beside them the user's language, for the page.
-SELECT coalesce(json_agg(message ORDER BY message.available_at, message.id), '[]'::json) AS outbox,
-       coalesce((SELECT p.locale FROM notification_preferences p WHERE p.user_id = %(user_id)s::text),
-                (SELECT locale FROM default_preferences)) AS locale
+-- A user's messages that have not left yet, the next one first.
+SELECT coalesce(json_agg(message ORDER BY message.available_at, message.id), '[]'::json) AS outbox
 FROM (
     SELECT o.id, o.channel, CASE WHEN o.digest LIKE 'key:%%' THEN substr(o.digest, 5) END AS batch_key,
            (SELECT count(*) FROM deliveries d

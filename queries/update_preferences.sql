@@ -41,7 +41,7 @@ saved AS (
         ) merged
     )
     RETURNING p.user_id, p.email, p.in_app_enabled, p.email_enabled, p.push_enabled, p.digest_minutes,
-              p.min_severity, p.quiet_from, p.quiet_to, p.timezone, p.locale, p.events
+              p.min_severity, p.quiet_from, p.quiet_to, p.timezone, coalesce(p.locale, 'en') AS locale, p.events
 ),
 -- What waits for the end of a night that is another now; update_due_messages lets it leave or holds it anew.
 woken AS (

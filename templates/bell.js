@@ -139,6 +139,7 @@
 		set getToken(callback) {
 			this.#getToken = callback;
 			this.#forget();
+			this.#dress();
 			this.#start();
 		}
 
@@ -313,7 +314,10 @@
 
 		async #ask(path, options = {}) {
 			for (const last of [false, true]) {
-				this.#token ??= this.#getToken ? await this.#getToken() : this.getAttribute("token");
+				const reader = this.#reader;
+				const token = this.#token ?? (this.#getToken ? await this.#getToken() : this.getAttribute("token"));
+				if (reader !== this.#reader) throw new Error("another reader"); // whose token this is not
+				this.#token = token;
 				const headers = { Authorization: `Bearer ${this.#token}` };
 				if (options.body) headers["Content-Type"] = "application/json";
 				const response = await fetch(this.#base + path, { ...options, headers, credentials: "omit", cache: "no-store" });

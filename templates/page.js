@@ -196,7 +196,7 @@ function sync() {
 			if (list) await Promise.all([fetchList(), fetchOutbox()]);
 			else badge((await api("GET", "/api/unread-count")).unread_count);
 		}
-	})().catch(() => {}).finally(() => { running = null; });
+	})().catch(() => { again = true; }).finally(() => { running = null; }); // the next beat asks once more
 	return running;
 }
 
@@ -379,13 +379,14 @@ function rest() {
 	leading = false;
 	waiting?.abort();
 	stream?.abort();
+	stream = null;
 }
 
 function beat() {
 	showTimes();
 	const lost = Date.now() - heard > 40000;
 	if (lost) hear({ on: false });
-	if (lost || $("#outbox li")) sync(); // no stream: ask. A stream does not say when a message leaves.
+	if (lost || again || $("#outbox li")) sync(); // no stream: ask. A stream does not say when a message leaves.
 }
 
 // ── start

@@ -5,6 +5,13 @@ const quiet = form.elements.quiet;
 // ── saving
 async function save(changes) {
 	const answer = await attempt("PATCH", "/api/preferences", changes);
+	if (!answer) form.reset(); // to what was saved last
+	for (const control of form.elements) {
+		control.defaultChecked = control.checked;
+		control.defaultValue = control.value;
+		for (const option of control.options ?? []) option.defaultSelected = option.selected;
+	}
+	$("#quiet-times").hidden = !quiet.checked;
 	if (answer) toast(word("prefs.js.saved"));
 	return answer;
 }
@@ -18,7 +25,6 @@ async function onChange({ target }) {
 	if (target.dataset.event) return saveEvent(target);
 	if (target.name.startsWith("quiet")) return saveQuiet();
 	const saved = await save({ [target.name]: value(target) });
-	if (!saved && target.type === "checkbox") target.checked = !target.checked;
 	if (saved && target.name === "locale") location.reload();
 	if (saved && target.name === "push_enabled" && target.checked && !(await subscription())) connect();
 }
@@ -35,7 +41,7 @@ function listZones() {
 	const select = $("#timezone");
 	const here = Intl.DateTimeFormat().resolvedOptions().timeZone;
 	const zones = new Set([select.value, here, "UTC", ...(Intl.supportedValuesOf?.("timeZone") ?? [])]);
-	select.replaceChildren(...[...zones].map((zone) => new Option(zone, zone, false, zone === select.value)));
+	select.replaceChildren(...[...zones].map((zone) => new Option(zone, zone, zone === select.value, zone === select.value)));
 }
 
 // ── events: the row's own entry, whole, so that it does not matter how entries merge

@@ -187,12 +187,15 @@ def test_a_user_who_asks_for_mail_again_gets_it(
     assert [letter.subject for letter in mailbox.messages] == ["Here again"]
 
 
+@pytest.mark.parametrize(
+    ("locale", "language"), [("de-CH", "de"), ("DE", "de"), ("fr_FR", "fr"), ("deu", "en"), ("koi-KR", "en")]
+)
 def test_the_notice_speaks_the_readers_language(
-    reach: Any, alice: httpx.Client, post: Post, pushbox: Pushbox, sql: Sql, drain: Callable[[], None]
+    reach: Any, alice: httpx.Client, post: Post, pushbox: Pushbox, sql: Sql, locale: str, language: str
 ) -> None:
-    reach("alice", push_enabled=True, locale="de-CH")
+    reach("alice", push_enabled=True, locale=locale)
     alice.post("/api/push/subscriptions", json=pushbox.subscription().to_json())
     pushbox.always("/push/1", 404)
     post(severity="warning")
     eventually(lambda: sql(NOTICES))
-    assert sql(NOTICES)[0][1] != "A browser no longer receives alerts"
+    assert sql(NOTICES)[0][1] == app.WORDS[language]["notice.push_title"]

@@ -588,6 +588,24 @@ def test_without_a_stream_the_page_asks_every_30_seconds(device: Devices, post: 
     expect(page.locator("#live")).to_have_text("Live")
 
 
+def test_a_hint_whose_list_could_not_be_fetched_is_followed_a_little_later(
+    device: Devices, post: Post
+) -> None:
+    reader = device()
+    reader.excused = "net::ERR"
+    page = reader.context.new_page()
+    page.clock.install()
+    page.goto(reader.url)
+    expect(page.locator("#live")).to_have_text("Live")
+    reader.context.route("**/api/notifications*", lambda route: route.abort())
+    with page.expect_event("requestfailed"):
+        post(title="At the second try")
+    reader.context.unroute("**/api/notifications*")
+    assert titles(page) == []
+    page.clock.run_for(31_000)
+    expect(page.locator("#list h2").first).to_have_text("At the second try")
+
+
 def test_a_tab_that_slept_catches_up_when_it_wakes(device: Devices, post: Post) -> None:
     reader = device()
     reader.excused = "net::ERR"
@@ -957,9 +975,50 @@ def test_every_preference_is_saved_at_once(device: Devices, post: Post, alice: h
     expect(page.locator("input[name=quiet_from]")).to_have_value("23:30")
 
 
-def test_the_language_follows_the_browser_until_one_is_chosen(device: Devices, alice: httpx.Client) -> None:
-    page = device(None, locale="ko-KR").open("/login")
-    assert page.locator("html").get_attribute("lang") == "ko"
+def test_the_language_follows_the_browser_until_one_is_chosen(
+    device: Devices, post: Post, alice: httpx.Client
+) -> None:
+    assert device(None, locale="ko-KR").open("/login").locator("html").get_attribute("lang") == "ko"
+    reader, paths = device(locale="fr-FR", admin=True), ("/", f"/n/{post()['id']}", "/preferences", "/admin")
+
+    def spoken() -> set[str | None]:
+        return {reader.open(path).locator("html").get_attribute("lang") for path in paths}
+
+    assert spoken() == {"fr"}
+    alice.patch("/api/preferences", json={"digest_minutes": 30})
+    assert alice.get("/api/preferences").json()["preferences"]["locale"] == "en", "what a program is told"
+    assert spoken() == {"fr"}
+    alice.patch("/api/preferences", json={"locale": "en"})
+    assert spoken() == {"en"}
+
+
+def test_what_could_not_be_saved_is_shown_as_it_was(device: Devices, post: Post, alice: httpx.Client) -> None:
+    post(event_name="order.paid")
+    post(event_name="Order.paid")
+    alice.patch("/api/preferences", json={"timezone": "Asia/Seoul"})
+    reader = device()
+    reader.excused = "503"
+    page = reader.open_live("/preferences")
+    assert page.locator("th[scope=row]").all_inner_texts() == ["Order.paid", "order.paid"]
+    page.get_by_label("Collect related mails").select_option("30")
+    assert eventually(lambda: alice.get("/api/preferences").json()["preferences"]["digest_minutes"] == 30)
+    before = alice.get("/api/preferences").json()
+    refuse = lambda route: route.fulfill(status=503) if route.request.method == "PATCH" else route.continue_()  # noqa: E731
+    reader.context.route("**/api/preferences", refuse)
+    page.get_by_label("Send from").select_option("critical")
+    expect(page.get_by_label("Send from")).to_have_value("warning")
+    page.get_by_label("Collect related mails").select_option("60")
+    expect(page.get_by_label("Collect related mails")).to_have_value("30")
+    page.get_by_label("order.paid: Push", exact=True).uncheck(force=True)
+    expect(page.get_by_label("order.paid: Push", exact=True)).to_be_checked()
+    page.locator("input[name=in_app_enabled]").click(force=True)
+    expect(page.locator("input[name=in_app_enabled]")).to_be_checked()
+    page.get_by_label("Quiet hours").click(force=True)
+    expect(page.get_by_label("Quiet hours")).not_to_be_checked()
+    expect(page.locator("#quiet-times")).to_be_hidden()
+    page.get_by_label("Time zone").select_option("UTC")
+    expect(page.get_by_label("Time zone")).to_have_value("Asia/Seoul")
+    assert alice.get("/api/preferences").json() == before
 
 
 # ── alerts and push
@@ -1233,6 +1292,36 @@ def test_the_widget_forgets_its_reader_with_the_token(
     expect(page.locator("bellhop-bell .badge")).to_have_text("")
     page.locator("bellhop-bell .bell").click()
     expect(page.locator("bellhop-bell li")).to_have_count(0)
+
+
+def test_the_widget_never_shows_one_reader_to_another(
+    device: Devices, shop: Shop, service: Running, post: Post, api: httpx.Client
+) -> None:
+    """Alice's token is slow to come; by the time it is there the site has signed Bob in, and then nobody."""
+    tokens = {
+        user: api.post(f"/api/users/{user}/token", json={"minutes": 5}).json()["token"]
+        for user in ("alice", "bob")
+    }
+    for user in tokens:
+        post(user, title=f"For {user} alone")
+    page = visit_shop(device(None), shop, service, "<bellhop-bell></bellhop-bell>")
+    page.evaluate(
+        """tokens => {
+            const bell = document.querySelector("bellhop-bell");
+            bell.getToken = () => new Promise((done) => { globalThis.late = () => done(tokens.alice); });
+            bell.getToken = async () => tokens.bob;
+        }""",
+        tokens,
+    )
+    items = page.locator("bellhop-bell li strong")
+    page.locator("bellhop-bell .bell").click()
+    expect(items).to_have_text(["For bob alone"])
+    page.evaluate("late()")
+    post("bob", title="For bob as well")
+    expect(items).to_have_text(["For bob as well", "For bob alone"])
+    page.evaluate("document.querySelector('bellhop-bell').getToken = null")
+    expect(items).to_have_count(0)
+    expect(page.locator("bellhop-bell .badge")).to_have_text("")
 
 
 def test_no_style_leaks_into_the_widget_or_out_of_it(
