@@ -215,9 +215,12 @@ def create_private(path: Path, text: str) -> str:
     with tempfile.NamedTemporaryFile("w", dir=path.parent) as draft:
         draft.write(text)
         draft.flush()
+        os.fsync(draft.fileno())
         with contextlib.suppress(FileExistsError):
             os.link(draft.name, path)
-    return path.read_text()
+    if len(kept := path.read_text()) < 32:  # an empty one would sign for everybody
+        raise OSError(f"{path} is cut short: bring back the whole file, or remove it for a new one")
+    return kept
 
 
 def derive(secret: str, purpose: str) -> bytes:
@@ -599,7 +602,7 @@ def explain(error: Exception) -> tuple[str, str]:
 
 def as_problem(error: Exception) -> Problem:
     """Any exception as the failure the caller is told about; text of others is never repeated. What
-    PostgreSQL refused is known by its constraint or SQLSTATE, whose class is the class of the exception."""
+    PostgreSQL refused is known by its constraint or SQLSTATE, whose class is mostly that of the exception."""
     match error:
         case Problem():
             return error
@@ -610,7 +613,7 @@ def as_problem(error: Exception) -> Problem:
             return Problem("not_json")
         case HTTPException():
             return Problem(BY_STATUS.get(error.status_code, "bad_request"))
-        case TimeoutError() | psycopg.OperationalError():
+        case TimeoutError() | psycopg.OperationalError() | psycopg.errors.ReadOnlySqlTransaction():
             return Problem("database_away")
         case psycopg.Error(diag=why) if known := BY_CONSTRAINT.get(why.constraint_name or why.sqlstate or ""):
             return Problem("invalid", *known)
@@ -1275,6 +1278,8 @@ class Worker:
             return 0
         busy = encode(collections.Counter(message.provider for message in self.in_flight))
         claimed = await self.db.many("claim_messages", outgoing, room=room, busy=busy)
+        if self.stopping:  # meanwhile: nothing is begun any more
+            return await self.db.run("release_messages", results=encode([*filter(None, claimed)]))
         for message in filter(None, claimed):
             self.in_flight[message] = asyncio.create_task(self.deliver(message))
             if message.alone:
@@ -1314,7 +1319,9 @@ class Worker:
     async def intake_turn(self) -> None:
         """Store what other programs and callers left for now, in the statement that takes it out."""
         rows = await self.db.many("list_due_intake", room=PRUNE_ROWS)
-        await asyncio.gather(*(self.take_in(**row) for row in rows))
+        ended = await asyncio.gather(*(self.take_in(**row) for row in rows), return_exceptions=True)
+        for error in filter(None, ended):  # only now: the next turn would take in what is still on its way
+            raise error
         if not rows:
             await asyncio.sleep(self.settings.poll_seconds)
 
@@ -1343,10 +1350,13 @@ class Worker:
 
     async def stop(self) -> None:
         """Let what is under way end, write it down, give the rest back; a second call waits for this."""
-        self.stopping = True
         async with self.ending:
+            if self.stopping:
+                return
+            self.stopping = True
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(STOP_SECONDS), self.claiming:
+                async with asyncio.timeout(PATIENCE) as limit, self.claiming:
+                    limit.reschedule((limit.when() or 0) + STOP_SECONDS - PATIENCE)
                     if self.in_flight:
                         await asyncio.wait(self.in_flight.values())
             left = list(self.in_flight)
@@ -1403,7 +1413,7 @@ class Hub:
         await self.bell.db.many("record_change", users=users if len(users) < 2000 else "[]")
 
     async def listen(self) -> None:
-        """Pass on what others tell; a word from a newcomer is also when to count again."""
+        """Pass on what others tell; with each word, a newcomer's too, they are counted again."""
         async with await connect(self.bell.settings.database_url) as connection:
             await connection.execute("SET application_name TO 'bellhop live'")
             await connection.execute("LISTEN bellhop")
@@ -1414,13 +1424,13 @@ class Hub:
                     for user in msgspec.json.decode(word.payload) or list(self.streams):
                         self.publish(user)
 
-    async def stream(self, user_id: str, scope: Any, receive: Receive, send: Send) -> None:
+    async def stream(self, ask: Ask, scope: Any, receive: Receive, send: Send) -> None:
         """An `inbox` event at once and for every change, until the client leaves, stops reading or is
         replaced; to HEAD the start alone."""
         headers = [(name.encode(), value.encode()) for name, value in SERVED["stream"].items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         if scope["method"] == "GET":
-            feeding = asyncio.create_task(self.feed(user_id, send))
+            feeding = asyncio.create_task(self.feed(ask, send))
             leaving = asyncio.ensure_future(receive())
             leaving.add_done_callback(lambda _: feeding.cancel())
             await asyncio.gather(feeding, return_exceptions=True)
@@ -1430,10 +1440,11 @@ class Hub:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         cut.cancel()
 
-    async def feed(self, user_id: str, send: Send) -> None:
-        """Send an event for each change and a comment in silence, for as long as the client takes them; one
-        stream too many ends the oldest."""
-        stale, streams = asyncio.Event(), self.streams.setdefault(user_id, {})
+    async def feed(self, ask: Ask, send: Send) -> None:
+        """Send an event for each change and a comment in silence, while the client takes them and its proof
+        is good; one stream too many ends the oldest."""
+        user_id, stale = ask.user.user_id, asyncio.Event()
+        streams = self.streams.setdefault(user_id, {})
         stale.set()
         this = cast("asyncio.Task[None]", asyncio.current_task())
         streams[this] = stale
@@ -1445,6 +1456,7 @@ class Hub:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(STREAM_COMMENT_SECONDS):
                         await stale.wait()
+                await self.bell.gate.identify(ask)
                 if stale.is_set():
                     stale.clear()
                     hint = await self.bell.db.one("get_hint", user_id=user_id)
@@ -1591,7 +1603,7 @@ async def mark_notifications(ask: Ask, wanted: Any) -> Any:
 async def stream_inbox(ask: Ask) -> ASGIApp:
     """The live stream: an `inbox` event on connect and on every change of the caller's inbox."""
     await ask.body()  # what comes after it is that the client left
-    return functools.partial(ask.bell.hub.stream, ask.user.user_id)
+    return functools.partial(ask.bell.hub.stream, ask)
 
 
 async def get_push_key(ask: Ask) -> Any:
@@ -2038,7 +2050,7 @@ async def prepare(settings: Settings) -> None:
             except psycopg.errors.DeadlockDetected:  # with a process that applies the schema just now
                 return await prepare(settings)
             except psycopg.OperationalError:
-                raise StartError("the database went away: whoever had started it ended, try again") from None
+                raise StartError("the database went away, or a table is locked: try again") from None
             except psycopg.Error as error:
                 faults.append(f"queries/{name}.sql: {error}")
     if faults:
@@ -2323,8 +2335,8 @@ async def run(command: str, settings: Settings, args: dict[str, Any]) -> str:
         return await send(settings, args)
     if command == "link":
         return sign_in_link(keep_secret(settings), **args)
-    if command == "create" and not 1 <= len(args["name"]) <= 100:
-        raise Problem("invalid", "a key's name has 1 to 100 characters")
+    if command == "create" and not (1 <= len(args["name"]) <= 100 and args["name"].isprintable()):
+        raise Problem("invalid", "a key's name has 1 to 100 printable characters")
     async with contextlib.AsyncExitStack() as stack:
         if embedded := not settings.database_url:
             own = stack.enter_context(embedded_postgres(Path(settings.home), join=command != "serve"))

@@ -218,6 +218,8 @@ def test_a_key_needs_a_name_and_a_known_scope(bellhop: Any, sql: Sql) -> None:
         [],
         ["create", ""],
         ["create", "x" * 101],
+        ["create", "two\nlines"],
+        ["create", "\udcff"],
     ):
         code, out, err = bellhop("key", *wrong)
         assert code in (1, 2) and out == "" and err

@@ -21,6 +21,8 @@ from conftest import SECRET, Running, eventually, problem, user_token
 import app
 
 BODY = {"user_id": "alice", "event_name": "e", "title": "t", "body": "b"}
+NEW_CONNECTIONS = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname IS NOT NULL"""
 
 
 class Cluster:
@@ -46,7 +48,8 @@ class Cluster:
                 os.kill(pid, how)
 
     def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        with psycopg.connect(self.url, autocommit=True) as connection:
+        options = "-c default_transaction_read_only=off"
+        with psycopg.connect(self.url, autocommit=True, options=options) as connection:
             cursor = connection.execute(statement.encode(), parameters)
             return cursor.fetchall() if cursor.description else []
 
@@ -166,6 +169,34 @@ def test_a_database_that_hangs_is_answered_like_one_that_is_away(
     doubles = own.sql("SELECT idempotency_key FROM notifications GROUP BY 1 HAVING count(*) > 1")
     assert [key for (key,) in doubles if key] == []
     eventually(lambda: alice.get("/health/ready").status_code == 200)
+
+
+def test_a_service_whose_database_hangs_ends_when_it_is_told_to(own: Cluster, service: Running) -> None:
+    """What cannot be written down any more is not waited for twice: the lease will run out."""
+    worker, waited = service.service.worker, list[float]()
+    eventually(lambda: service.service.loops.tasks)
+    own.signal(signal.SIGSTOP)
+    eventually(worker.claiming.locked)
+    for _ in range(2):
+        started = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            service.call(worker.stop())
+        waited.append(time.monotonic() - started)
+    own.signal(signal.SIGCONT)
+    assert waited[0] < app.STOP_SECONDS / 2 and waited[1] < 0.5, waited
+
+
+def test_a_database_that_only_reads_is_away_to_who_wants_to_write(
+    own: Cluster, service: Running, program: httpx.Client, alice: httpx.Client
+) -> None:
+    own.sql("ALTER DATABASE postgres SET default_transaction_read_only = on")
+    own.sql(NEW_CONNECTIONS)
+    eventually(lambda: alice.get("/api/notifications").status_code == 200)
+    refused_quickly(lambda: program.post("/api/notifications", json=BODY))
+    refused_quickly(lambda: alice.patch("/api/preferences", json={"digest_minutes": 1}))
+    own.sql("ALTER DATABASE postgres RESET default_transaction_read_only")
+    own.sql(NEW_CONNECTIONS)
+    eventually(lambda: program.post("/api/notifications", json=BODY).status_code == 201)
 
 
 def test_cut_connections_are_replaced(

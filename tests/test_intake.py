@@ -1,5 +1,7 @@
 """Intake: notifications for later, or written by another program in its own transaction; stored exactly once."""
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -122,6 +124,34 @@ def test_a_worker_that_dies_between_reading_and_storing_loses_and_doubles_nothin
         service.call(service.service.worker.take_in(app.UUID(id), raw))
     assert sql("SELECT count(*) FROM notifications") == [(1,)]
     assert sql("SELECT count(*) FROM intake") == [(0,)]
+
+
+def test_a_turn_that_fails_waits_for_what_it_began(
+    service: Running, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next turn would find rows that are still on their way, and take them in beside themselves."""
+    sql("INSERT INTO intake (payload, error) VALUES ('{}', 'left alone'), ('[]', 'left alone')")
+    worker, order = service.service.worker, []
+
+    async def rows(*_: Any, **__: Any) -> list[dict[str, Any]]:
+        return [{"id": "fails", "payload": b""}, {"id": "takes its time", "payload": b""}]
+
+    async def take_in(id: str, payload: bytes) -> None:
+        if id == "fails":
+            raise TimeoutError
+        await asyncio.sleep(0.1)
+        order.append(id)
+
+    async def turn() -> None:
+        with contextlib.suppress(TimeoutError):
+            await app.Worker.intake_turn(worker)
+            order.append("no error")
+        order.append("the turn ends")
+
+    monkeypatch.setattr(worker.db, "many", rows)
+    monkeypatch.setattr(worker, "take_in", take_in)
+    service.call(turn())
+    assert order[:2] == ["takes its time", "the turn ends"]
 
 
 def test_keys_count_as_in_a_post(
@@ -331,6 +361,24 @@ def test_a_cancel_that_is_confirmed_is_never_stored_however_close(
     drain()
     eventually(lambda: sql("SELECT count(*) FROM intake") == [(0,)])
     assert sql("SELECT count(*) FROM notifications") == [(100 - len(cancelled),)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "due"),
+    [
+        ("9999-12-31T23:59:59-12:00", "9999-12-31T23:59:59+00:00"),
+        ("0001-01-01T00:00:00+12:00", "0001-01-01T00:00:00+00:00"),
+        ("2100-01-01T00:00:00+15:30", "2099-12-31T08:30:00+00:00"),
+    ],
+)
+def test_a_due_time_is_one_that_every_client_reads(api: httpx.Client, asked: str, due: str) -> None:
+    reply = api.post("/api/notifications", json=BODY | {"deliver_at": asked})
+    assert reply.status_code == 202 and reply.json()["scheduled"]["due_at"] == due
+
+
+def test_an_offset_that_no_clock_has_is_refused_by_name(api: httpx.Client) -> None:
+    reply = api.post("/api/notifications", json=BODY | {"deliver_at": "2100-01-01T00:00:00+23:59"})
+    problem(reply, 400, "deliver_at")
 
 
 def test_a_bad_body_is_refused_at_once_not_when_due(api: httpx.Client, sql: Sql) -> None:

@@ -315,6 +315,25 @@ def test_told_to_stop_it_finishes_what_ends_in_time_and_gives_back_the_rest_with
     drain()
 
 
+def test_what_is_claimed_while_it_is_told_to_stop_is_given_back_unsent(
+    service: Running, post: Post, mailbox: Mailbox, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = service.service.worker
+    many = worker.db.many
+
+    async def told_to_stop_meanwhile(name: str, *kind: Any, **parameters: Any) -> list[Any]:
+        rows = await many(name, *kind, **parameters)
+        worker.stopping = worker.stopping or (name == "claim_messages" and bool(rows))
+        return rows
+
+    monkeypatch.setattr(worker.db, "many", told_to_stop_meanwhile)
+    post(severity="critical")
+    eventually(
+        lambda: sql("SELECT state, claim_seq, attempts, crashes FROM outbox") == [("pending", 1, 0, 0)]
+    )
+    assert not mailbox.messages and not worker.in_flight
+
+
 def test_what_is_under_way_at_the_end_is_released(
     service: Running, delivering: Any, post: Post, mailbox: Mailbox, sql: Sql, drain: Any, monkeypatch: Any
 ) -> None:

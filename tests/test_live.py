@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
-from conftest import Running, eventually, user_token
+import pytest
+from conftest import SECRET, Running, app, eventually, user_token
 
 Client = Callable[..., httpx.Client]
 
@@ -61,6 +62,20 @@ def test_every_tab_follows_every_change_and_strangers_hear_nothing(
         for tab in tabs:
             tab.sees(0)
         assert len(stranger.events) == 1
+
+
+def test_a_stream_ends_with_its_token(
+    service: Running, client: Client, post: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "STREAM_COMMENT_SECONDS", 0.1)
+    brief = app.make_token(SECRET, "alice", app.timedelta(seconds=2))
+    tab = Listener(client(service.url, brief))
+    eventually(lambda: tab.events)
+    with streaming(service, client, "alice") as (other,):
+        eventually(tab.ended.is_set)
+        post("alice")
+        other.sees(1)
+    assert tab.events[-1]["unread_count"] == 0
 
 
 def test_a_ninth_stream_closes_the_oldest(service: Running, client: Client) -> None:

@@ -152,6 +152,26 @@ def test_more_days_than_there_have_been_since_1970_keep_everything(
     assert sql(COUNTS) == [(1, 1, 0)]
 
 
+def test_faults_of_a_provider_for_whom_nothing_waits_are_forgotten(
+    service: Running,
+    prune: Callable[[], None],
+    mailbox: Mailbox,
+    post: Post,
+    sql: Sql,
+    drain: Callable[[], None],
+) -> None:
+    mailbox.always("DATA", "451 later")
+    post(severity="warning")
+    eventually(lambda: sql("SELECT state FROM outbox") == [("pending",)])
+    sql(
+        "INSERT INTO breakers (provider, faults, paused_until)"
+        " VALUES ('email', 3, NULL), ('push:gone.example', 9, NULL), ('push:paused.example', 10, now()),"
+        "        ('webhook:old.example', 10, now() - interval '2 hours')"
+    )
+    prune()
+    assert sql("SELECT provider FROM breakers ORDER BY 1") == [("email",), ("push:paused.example",)]
+
+
 def test_it_happens_by_itself_at_the_start(
     delivering: Any, post: Post, alice: httpx.Client, sql: Sql, drain: Callable[[], None]
 ) -> None:

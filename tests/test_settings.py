@@ -50,6 +50,10 @@ REFUSED: list[tuple[dict[str, str], str]] = [  # settings, and the variable that
     ({"BELLHOP_SMTP_URL": "https://x", "BELLHOP_MAIL_FROM": "a@example.com"}, "BELLHOP_SMTP_URL"),
     ({"BELLHOP_MAIL_FROM": "nobody"}, "BELLHOP_MAIL_FROM"),
     ({"BELLHOP_MAIL_FROM": "a@example.com\nBcc: b@example.com"}, "BELLHOP_MAIL_FROM"),
+    ({"BELLHOP_MAIL_FROM": "Acme, Inc. <bell@example.org>"}, "BELLHOP_MAIL_FROM"),
+    ({"BELLHOP_MAIL_FROM": "[Acme] <bell@example.org>"}, "BELLHOP_MAIL_FROM"),
+    ({"BELLHOP_MAIL_FROM": "ops@Acme <bell@example.org>"}, "BELLHOP_MAIL_FROM"),
+    ({"BELLHOP_MAIL_FROM": "bell@bücher.example"}, "BELLHOP_MAIL_FROM"),
     ({"BELLHOP_VAPID_SUBJECT": "me"}, "BELLHOP_VAPID_SUBJECT"),
     ({"BELLHOP_VAPID_PRIVATE_KEY": "garbage"}, "BELLHOP_VAPID_PRIVATE_KEY"),
     ({"BELLHOP_DELIVERY_CONCURRENCY": "-1"}, "BELLHOP_DELIVERY_CONCURRENCY"),
@@ -233,6 +237,18 @@ def test_a_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> No
     for path in home.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_a_secret_that_was_cut_short_is_not_taken(tmp_path: Path) -> None:
+    settings = app.load_settings({"BELLHOP_HOME": str(tmp_path)})
+    whole = app.keep_secret(settings).secret
+    for kept in ("", whole[:31]):
+        (tmp_path / "secret").write_text(kept)
+        with pytest.raises(app.StartError, match="cut short"):
+            app.keep_secret(settings)
+        assert (tmp_path / "secret").read_text() == kept, "whoever brings it back may want to look at it"
+    (tmp_path / "secret").write_text(whole)
+    assert app.keep_secret(settings).secret == whole
 
 
 def test_a_first_start_twice_at_once_agrees_on_the_secret(tmp_path: Path) -> None:
