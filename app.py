@@ -468,7 +468,9 @@ class Outcome(Struct, gc=False):
 # One statement a file; its columns are the fields of the answer. Db refuses unknown parameters.
 
 PATIENCE = 2.5  # seconds; a database that hangs is answered like one that is away
-LONG_PATIENCE = 30.0  # for a statement about all that a user has, or about many messages
+LONG_PATIENCE = 30.0  # for a statement about many messages, about all there are,
+LONG = ["get_stats", "list_gauges", "get_export", "delete_user"]  # or all that a user,
+LONG += ["update_resolved_notifications", "retry_deliveries"]  # a subject or a channel has
 NO_TARGET = UUID(int=0)
 set_json_loads(lambda data: Raw(bytes(cast("bytes", data))))
 
@@ -523,7 +525,8 @@ class Db:
         if query.parameters.keys() != given.keys():
             raise TypeError(f"{name} takes {sorted(query.parameters)}, given {sorted(given)}")
         values = [given[key] for key in query.parameters]
-        async with asyncio.timeout(self.bound.get("patience", PATIENCE)):
+        patience = LONG_PATIENCE if name in LONG else PATIENCE
+        async with asyncio.timeout(self.bound.get("patience", patience)):
             try:
                 rows = await self.begin(query, kind, values)
             except psycopg.errors.DeadlockDetected:  # nothing was done, and the other one is past by now
@@ -1642,10 +1645,6 @@ class Route(NamedTuple):
     fail: Callable[[Ask, Exception], Reply] = answer_error
 
 
-# Statements about all that a user, a subject or a channel has.
-LONG = ("get_export", "delete_user", "update_resolved_notifications", "retry_deliveries")
-
-
 def sql(name: str, only: str = "", address: str = "url") -> Action:
     """The action that is one statement: caller, path and body are its parameters, its row is the answer,
     or its `problem` is. A `secret` it asks for is a webhook's, made here and told this once."""
@@ -1662,8 +1661,7 @@ def sql(name: str, only: str = "", address: str = "url") -> Action:
             told["secret"], fields["secret"] = new_webhook_secret(settings.secret)
         if name in LONG:  # a database that hangs shows here, not after all that patience
             await ask.mine.one("get_readiness")
-        db = ask.mine.bind(patience=LONG_PATIENCE if name in LONG else PATIENCE)
-        row = await db.one(name, **ask.path, **fields)
+        row = await ask.mine.one(name, **ask.path, **fields)
         if problem := row.pop("problem", None):
             raise Problem(problem)
         told = {only: row[only]} if only else row | told
@@ -1824,6 +1822,7 @@ async def get_readiness(ask: Ask) -> Any:
 
 async def get_metrics(ask: Ask) -> Reply:
     """Everything countable, as Prometheus reads it."""
+    await ask.bell.db.one("get_readiness")  # as before all that may take long
     rows = await ask.bell.db.many("list_gauges", lambda *row: row, pool=encode(ask.bell.pool.get_stats()))
     for metric in METRICS.values():
         if isinstance(metric, prometheus_client.Gauge):

@@ -150,6 +150,7 @@ def test_a_database_that_hangs_is_answered_like_one_that_is_away(
     patient = [
         ("POST", "/api/notifications/batch", {"notifications": [BODY] * 500}), ("GET", "/api/users/alice/export", None),
         ("POST", "/api/resolve", {"subject_key": "s"}), ("DELETE", "/api/users/alice", None),
+        ("GET", "/metrics", None),
     ]  # fmt: skip
     with ThreadPoolExecutor(8) as many:  # at once, so that each finds an idle connection to hang on
         list(many.map(lambda _: alice.get("/api/outbox").raise_for_status(), range(80)))

@@ -192,3 +192,4 @@ def test_statements_about_many_rows_have_more_patience_than_a_request(
     with pytest.raises(TimeoutError):
         service.call(db.one("get_readiness"))
     assert service.call(prune) == 0
+    assert service.call(db.one("get_stats")).keys() >= {"counts", "breakers"}, "it counts all there is"
