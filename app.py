@@ -471,6 +471,9 @@ PATIENCE = 2.5  # seconds; a database that hangs is answered like one that is aw
 LONG_PATIENCE = 30.0  # for a statement about many messages, about all there are,
 LONG = ["get_stats", "list_gauges", "get_export", "delete_user"]  # or all that a user,
 LONG += ["update_resolved_notifications", "retry_deliveries"]  # a subject or a channel has
+SILENCE: dict[str, Any] = {  # a network that swallows everything ends a query in 5 s, a listener in a minute
+    "tcp_user_timeout": 5000, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3,
+}  # fmt: skip
 NO_TARGET = UUID(int=0)
 set_json_loads(lambda data: Raw(bytes(cast("bytes", data))))
 
@@ -565,7 +568,8 @@ async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
     deadline = time.monotonic() + 10
     while True:
         try:
-            connection = await psycopg.AsyncConnection.connect(conninfo, autocommit=True, connect_timeout=5)
+            options = {"autocommit": True, "connect_timeout": 5, **SILENCE}
+            connection = await psycopg.AsyncConnection.connect(conninfo, **options)
             await prepare_connection(connection)
             return connection
         except psycopg.OperationalError as error:
@@ -2033,7 +2037,7 @@ def make_pool(settings: Settings, size: int) -> Pool:
         timeout=PATIENCE - 0.5,
         reconnect_timeout=5,
         configure=prepare_connection,
-        kwargs={"autocommit": True, "prepare_threshold": 0},
+        kwargs={"autocommit": True, "prepare_threshold": 0, **SILENCE},
         open=False,
     )
 

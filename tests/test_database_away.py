@@ -172,6 +172,20 @@ def test_a_database_that_hangs_is_answered_like_one_that_is_away(
     eventually(lambda: alice.get("/health/ready").status_code == 200)
 
 
+def test_connections_notice_a_network_that_swallows_everything(own: Cluster, service: Running) -> None:
+    """Else what hangs keeps its place in the pool until the kernel gives up, after a quarter of an hour."""
+
+    async def parameters() -> list[dict[str, str]]:
+        alone = await app.connect(own.url)
+        async with service.service.pool.connection() as pooled, alone:
+            return [connection.info.get_parameters() for connection in (pooled, alone)]
+
+    for told in service.call(parameters()):
+        assert int(told["tcp_user_timeout"]) <= 5000, "milliseconds"
+        seconds = [int(told[f"keepalives_{name}"]) for name in ("idle", "interval", "count")]
+        assert seconds[0] + seconds[1] * seconds[2] <= 60
+
+
 def test_a_service_whose_database_hangs_ends_when_it_is_told_to(own: Cluster, service: Running) -> None:
     """What cannot be written down any more is not waited for twice: the lease will run out."""
     worker, waited = service.service.worker, list[float]()
