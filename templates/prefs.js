@@ -2,14 +2,16 @@
 const form = $("#prefs");
 const quiet = form.elements.quiet;
 
-// ── saving
-async function save(changes) {
+// ── saving: what could not be saved is shown as it was
+const kind = (control) => (control.type === "checkbox" ? "checked" : "value");
+const saved = new Map([...form.elements].map((control) => [control, control[kind(control)]]));
+
+async function save(changes, ...controls) {
+	const sent = controls.map((control) => control[kind(control)]);
 	const answer = await attempt("PATCH", "/api/preferences", changes);
-	if (!answer) form.reset(); // to what was saved last
-	for (const control of form.elements) {
-		control.defaultChecked = control.checked;
-		control.defaultValue = control.value;
-		for (const option of control.options ?? []) option.defaultSelected = option.selected;
+	for (const [n, control] of controls.entries()) {
+		if (answer) saved.set(control, sent[n]);
+		else control[kind(control)] = saved.get(control);
 	}
 	$("#quiet-times").hidden = !quiet.checked;
 	if (answer) toast(word("prefs.js.saved"));
@@ -24,9 +26,9 @@ function value(control) {
 async function onChange({ target }) {
 	if (target.dataset.event) return saveEvent(target);
 	if (target.name.startsWith("quiet")) return saveQuiet();
-	const saved = await save({ [target.name]: value(target) });
-	if (saved && target.name === "locale") location.reload();
-	if (saved && target.name === "push_enabled" && target.checked && !(await subscription())) connect();
+	const answer = await save({ [target.name]: value(target) }, target);
+	if (answer && target.name === "locale") location.reload();
+	if (answer && target.name === "push_enabled" && target.checked && !(await subscription())) connect();
 }
 
 // ── quiet hours: both times or none
@@ -34,23 +36,21 @@ function saveQuiet() {
 	const { quiet_from: from, quiet_to: to } = form.elements;
 	$("#quiet-times").hidden = !quiet.checked;
 	if (quiet.checked && !(from.value && to.value)) return;
-	save({ quiet_from: quiet.checked ? from.value : null, quiet_to: quiet.checked ? to.value : null });
+	save({ quiet_from: quiet.checked ? from.value : null, quiet_to: quiet.checked ? to.value : null }, quiet, from, to);
 }
 
 function listZones() {
 	const select = $("#timezone");
 	const here = Intl.DateTimeFormat().resolvedOptions().timeZone;
 	const zones = new Set([select.value, here, "UTC", ...(Intl.supportedValuesOf?.("timeZone") ?? [])]);
-	select.replaceChildren(...[...zones].map((zone) => new Option(zone, zone, zone === select.value, zone === select.value)));
+	select.replaceChildren(...[...zones].map((zone) => new Option(zone, zone, false, zone === select.value)));
 }
 
 // ── events: the row's own entry, whole, so that it does not matter how entries merge
 function saveEvent({ dataset: { event } }) {
-	const entry = {};
-	for (const control of form.querySelectorAll("[data-event]")) {
-		if (control.dataset.event === event) entry[control.dataset.channel] = control.checked;
-	}
-	save({ events: { [event]: entry } });
+	const row = [...form.querySelectorAll("[data-event]")].filter((control) => control.dataset.event === event);
+	const entry = Object.fromEntries(row.map((control) => [control.dataset.channel, control.checked]));
+	save({ events: { [event]: entry } }, ...row);
 }
 
 // ── this browser

@@ -24,6 +24,7 @@ from playwright.sync_api import (
     Locator,
     Page,
     Response,
+    Route,
     Worker,
     expect,
     sync_playwright,
@@ -1003,7 +1004,14 @@ def test_what_could_not_be_saved_is_shown_as_it_was(device: Devices, post: Post,
     page.get_by_label("Collect related mails").select_option("30")
     assert eventually(lambda: alice.get("/api/preferences").json()["preferences"]["digest_minutes"] == 30)
     before = alice.get("/api/preferences").json()
-    refuse = lambda route: route.fulfill(status=503) if route.request.method == "PATCH" else route.continue_()  # noqa: E731
+    refused = "digest_minutes|min_severity|events|in_app|quiet|timezone"
+
+    def refuse(route: Route) -> None:
+        if re.search(refused, route.request.post_data or ""):
+            route.fulfill(status=503)
+        else:
+            route.continue_()
+
     reader.context.route("**/api/preferences", refuse)
     page.get_by_label("Send from").select_option("critical")
     expect(page.get_by_label("Send from")).to_have_value("warning")
@@ -1019,6 +1027,19 @@ def test_what_could_not_be_saved_is_shown_as_it_was(device: Devices, post: Post,
     page.get_by_label("Time zone").select_option("UTC")
     expect(page.get_by_label("Time zone")).to_have_value("Asia/Seoul")
     assert alice.get("/api/preferences").json() == before
+
+    # One of two that are under way at once.
+    refused = "min_severity"
+    page.evaluate("""() => {
+        for (const [name, value] of [["min_severity", "info"], ["digest_minutes", "60"]]) {
+            const select = document.querySelector(`[name=${name}]`);
+            select.value = value;
+            select.dispatchEvent(new Event("change", { bubbles: true }));
+        }
+    }""")
+    expect(page.get_by_label("Send from")).to_have_value("warning")
+    assert eventually(lambda: alice.get("/api/preferences").json()["preferences"]["digest_minutes"] == 60)
+    expect(page.get_by_label("Collect related mails")).to_have_value("60")
 
 
 # ── alerts and push
