@@ -2134,7 +2134,7 @@ ROUTES = [
     Route("GET", "/sw.js", "", get_asset),
     Route("GET", "/openapi.json", "", get_asset),
     page("/login", "", "login"),
-    page("/", "user", "inbox", "list_notifications", "list_outbox", "get_locale"),
+    page("/", "user", "inbox", "list_notifications", "list_outbox"),
     page("/n/{id:uuid}", "user", "notification", "get_notification", "get_locale"),
     page("/preferences", "user", "preferences", "get_preferences", "list_event_names", "get_locale"),
     page("/admin", "admin user", "admin", "get_locale", *ADMIN_ROWS),

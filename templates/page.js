@@ -196,7 +196,7 @@ function sync() {
 			if (list) await Promise.all([fetchList(), fetchOutbox()]);
 			else badge((await api("GET", "/api/unread-count")).unread_count);
 		}
-	})().catch(() => { again = true; }).finally(() => { running = null; }); // the next beat asks once more
+	})().catch(() => { again = true; }).finally(() => { running = null; });
 	return running;
 }
 

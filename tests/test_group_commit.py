@@ -123,7 +123,7 @@ def test_a_statement_that_gives_up_after_its_request_leaves_no_trace(
     with psycopg.connect(database) as stranger:
         stranger.execute("INSERT INTO notification_preferences (user_id) VALUES ('alice')")
         with pytest.raises(TimeoutError):
-            service.call(db.run("update_unsubscribed", user_id="alice", event=None))
+            service.call(db.one("update_preferences", user_id="alice", by_user=False, patch="{}"))
         eventually(lambda: pool.get_stats()["pool_available"] == pool.get_stats()["pool_size"])
     gc.collect()
     assert "never retrieved" not in caplog.text
