@@ -368,7 +368,7 @@ class PushSubscription(Struct):  # as a browser's toJSON() gives it; browsers ma
 
 
 class KeyCreate(Body):
-    name: Annotated[str, Meta(min_length=1, max_length=100)]
+    name: Annotated[str, Meta(min_length=1, **LOOKS["key_name"])]
     scope: Literal["send", "admin"] = "send"
 
 
@@ -1063,8 +1063,9 @@ def retry_after(value: str) -> float | None:
     with contextlib.suppress(ValueError, OverflowError):  # a year that no clock reaches
         if value.isdecimal():
             return min(float(value), 86_400.0)
-        later = parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp() - time.time()  # always GMT
-        return min(max(later, 0.0), 86_400.0)
+        moment = parsedate_to_datetime(value)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return min(max(moment.timestamp() - time.time(), 0.0), 86_400.0)
     return None
 
 
@@ -1131,7 +1132,9 @@ class Outbound:
         """The mail, read again as its reader will: ValueError when a header was added or is missing."""
         told = self._told(message)
         mail = EmailMessage(policy=MAIL_POLICY.clone(max_line_length=76))  # of its text
-        claims = msgspec.json.encode({"sub": message.user_id, "event": message.event_name})  # no \u: short
+        named = f"{message.user_id}{message.event_name}".encode()
+        event = message.event_name if len(named) < 500 else None  # a header's line has at most 998 characters
+        claims = msgspec.json.encode({"sub": message.user_id, "event": event})
         told["token"] = jwt.PyJWS().encode(claims, derive(self.settings.secret, "unsubscribe"), "HS256")
         told["subject"] = told["title"].replace("=?", "= ?")  # Python would decode it, newlines included
         for name, value in CHANNELS["email"]["headers"].items():
@@ -1284,14 +1287,16 @@ class Worker:
         if room <= 0 or self.stopping:
             return 0
         busy = encode(collections.Counter(message.provider for message in self.in_flight))
-        claimed = await self.db.many("claim_messages", outgoing, room=room, busy=busy)
-        if self.stopping:  # meanwhile: nothing is begun any more
-            return await self.db.run("release_messages", results=encode([*filter(None, claimed)]))
-        for message in filter(None, claimed):
+        found = await self.db.many("claim_messages", outgoing, room=room, busy=busy)
+        claimed = collections.deque(filter(None, found))
+        while claimed and not self.stopping:
+            message = claimed.popleft()
             self.in_flight[message] = asyncio.create_task(self.deliver(message))
             if message.alone:
                 await asyncio.wait(self.in_flight.values())
-        return len(claimed)
+        if claimed:  # told to stop meanwhile: nothing is begun any more
+            await self.db.run("release_messages", results=encode([*claimed]))
+        return len(found)
 
     async def token_turn(self) -> None:
         """Let go or hold back what is due without a token of this minute; look again when the next begins."""
@@ -1361,11 +1366,11 @@ class Worker:
             if self.stopping:
                 return
             self.stopping = True
+            if self.in_flight:
+                await asyncio.wait(self.in_flight.values(), timeout=STOP_SECONDS)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PATIENCE) as limit, self.claiming:
-                    limit.reschedule((limit.when() or 0) + STOP_SECONDS - PATIENCE)
-                    if self.in_flight:
-                        await asyncio.wait(self.in_flight.values())
+                async with asyncio.timeout(1), self.claiming:  # what is claimed now is given back there
+                    pass
             left = list(self.in_flight)
             for task in self.in_flight.values():
                 task.cancel()
@@ -1933,6 +1938,7 @@ class Cluster:
                 raise broken
             new.rename(self.data)
         server = self.run(self.data, log, programs / "postgres", "-k", ".", "-c", "listen_addresses=")
+        stack.enter_context(contextlib.suppress(subprocess.TimeoutExpired))  # if slow it ends with us
         stack.callback(server.wait, 8)
         stack.callback(server.send_signal, signal.SIGINT)
         while self.server()[1] != "ready":

@@ -173,6 +173,7 @@
 			this.#token = null;
 			this.#items = [];
 			this.#count = 0;
+			this.#parts.says.textContent = "";
 			this.#reader++;
 		}
 
@@ -295,11 +296,12 @@
 		}
 
 		async #change(path, body) {
+			const reader = this.#reader;
 			try {
 				await this.#ask(path, { method: "PATCH", body: JSON.stringify(body), keepalive: true });
 				await this.refresh();
 			} catch {
-				this.#parts.says.textContent = this.#word(LOST);
+				if (reader === this.#reader) this.#parts.says.textContent = this.#word(LOST);
 			}
 		}
 
@@ -313,8 +315,8 @@
 		}
 
 		async #ask(path, options = {}) {
+			const reader = this.#reader;
 			for (const last of [false, true]) {
-				const reader = this.#reader;
 				const token = this.#token ?? (this.#getToken ? await this.#getToken() : this.getAttribute("token"));
 				if (reader !== this.#reader) throw new Error("another reader"); // whose token this is not
 				this.#token = token;
@@ -322,6 +324,7 @@
 				if (options.body) headers["Content-Type"] = "application/json";
 				const response = await fetch(this.#base + path, { ...options, headers, credentials: "omit", cache: "no-store" });
 				if (response.ok) return response;
+				if (reader !== this.#reader) throw new Error("another reader");
 				if (response.status === 401) this.#token = null; // expired: the callback knows a new one
 				if (last || response.status !== 401 || !this.#getToken) throw new Error(`HTTP ${response.status}`);
 			}

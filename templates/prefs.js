@@ -81,7 +81,7 @@ async function connect() {
 			userVisibleOnly: true,
 			applicationServerKey: browser.dataset.key,
 		});
-		await attempt("POST", "/api/push/subscriptions", made.toJSON());
+		if (!(await attempt("POST", "/api/push/subscriptions", made.toJSON()))) await made.unsubscribe();
 	} catch {
 		return showBrowser("no");
 	}

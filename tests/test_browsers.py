@@ -28,7 +28,7 @@ def test_equal_registrations_at_once_are_one_browser(service: Running, sql: Sql)
 def test_what_cannot_be_a_subscription_is_refused(alice: httpx.Client, sql: Sql) -> None:
     long = "https://x.example/" + "x" * 2000
     wrong: dict[str, list[Any]] = {
-        "endpoint": ["", "x", "ftp://x/", "javascript:x", "https://", "https://u:p@x.y/", 5, None, "https://x y/", long],
+        "endpoint": ["", "x", "ftp://x/", "javascript:x", "https://", "https://u:p@x.y/", "https://x.y:99999/z", "https://x..y/z", "https://[::1/z", 5, None, "https://x y/", long],
         "p256dh": ["", "x", "A" * 87, 5, None, "B" * 300, "BCVxsr7N\n", "\u00e9" * 87],
         "auth": ["", "x", "A" * 40, 5, None, "!" * 22],
     }  # fmt: skip

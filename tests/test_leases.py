@@ -1,5 +1,7 @@
 """Leases: a claimed message belongs to its worker for a while; who comes late changes nothing, who dies loses nothing."""
 
+import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from uuid import UUID
 import httpx
 import pytest
 from conftest import SECRET, Running, app, eventually
-from peers import HANG, Hookbox, Mailbox
+from peers import HANG, Hookbox, Mailbox, outgoing
 
 Sql = Callable[..., list[tuple[Any, ...]]]
 Post = Callable[..., dict[str, Any]]
@@ -332,6 +334,57 @@ def test_what_is_claimed_while_it_is_told_to_stop_is_given_back_unsent(
         lambda: sql("SELECT state, claim_seq, attempts, crashes FROM outbox") == [("pending", 1, 0, 0)]
     )
     assert not mailbox.messages and not worker.in_flight
+
+
+def test_a_mail_under_way_is_not_cut_off_for_a_batch_that_takes_its_time(
+    service: Running, post: Post, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop that gives tokens waits for the batch; the end waits for the mail alone."""
+    worker = service.service.worker
+
+    async def send(_: app.Outgoing) -> app.Outcome:
+        await asyncio.sleep(1.2 * app.PATIENCE)
+        return app.Outcome("sent")
+
+    async def stop() -> None:
+        async with worker.intake.turn:
+            await worker.stop()
+
+    monkeypatch.setattr(worker.outbound, "send", send)
+    post(severity="critical")
+    eventually(lambda: worker.in_flight)
+    service.call(stop())
+    assert sql("SELECT state, attempts FROM outbox") == [("sent", 0)]
+
+
+def test_what_was_claimed_beside_a_suspect_is_not_begun_after_the_end(
+    service: Running, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, begun = service.service.worker, list[str]()
+    bell = service.service
+    own = app.Worker(bell.settings, bell.db, bell.intake, bell.outbound)
+    claimed = [
+        outgoing("email", {"email": "a@b.c"}, user_id=name, alone=name == "suspect")
+        for name in ("suspect", "next")
+    ]
+    released = list[dict[str, Any]]()
+
+    async def many(name: str, *_: Any, **parameters: Any) -> list[Any]:
+        if name == "release_messages":
+            released.extend(json.loads(parameters["results"]))
+            return [len(released)]
+        return claimed if name == "claim_messages" else []
+
+    async def deliver(message: app.Outgoing) -> None:
+        begun.append(message.user_id)
+        own.stopping = True
+        own.in_flight.pop(message)
+
+    monkeypatch.setattr(own.db, "many", many)
+    monkeypatch.setattr(own, "deliver", deliver)
+    assert service.call(own.claim()) == 2
+    assert begun == ["suspect"] and [each["user_id"] for each in released] == ["next"]
+    assert not worker.stopping
 
 
 def test_what_is_under_way_at_the_end_is_released(

@@ -68,7 +68,7 @@ def test_a_stream_ends_with_its_token(
     service: Running, client: Client, post: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "STREAM_COMMENT_SECONDS", 0.1)
-    brief = app.make_token(SECRET, "alice", app.timedelta(seconds=2))
+    brief = app.make_token(SECRET, "alice", app.timedelta(seconds=4))
     tab = Listener(client(service.url, brief))
     eventually(lambda: tab.events)
     with streaming(service, client, "alice") as (other,):

@@ -6,7 +6,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -257,14 +257,22 @@ def test_retry_after_is_honoured_up_to_a_day(header: str, seconds: float | None)
     assert app.retry_after(header) == seconds
 
 
-def test_retry_after_is_in_gmt_wherever_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "America/New_York")
+@pytest.fixture
+def new_york() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "America/New_York")
+        time.tzset()
+        yield
     time.tzset()
+
+
+@pytest.mark.usefixtures("new_york")
+def test_retry_after_is_in_gmt_wherever_we_are() -> None:
     later = datetime.now(UTC) + timedelta(minutes=2)
+    east = later.astimezone(timezone(timedelta(hours=2)))
+    assert app.retry_after(east.strftime("%a, %d %b %Y %H:%M:%S %z")) == pytest.approx(120, abs=3)
     for form in ("%a, %d %b %Y %H:%M:%S GMT", "%a, %d %b %Y %H:%M:%S -0000", "%a %b %d %H:%M:%S %Y"):
         assert app.retry_after(later.strftime(form)) == pytest.approx(120, abs=3)
-    monkeypatch.undo()
-    time.tzset()
 
 
 def test_retry_after_may_be_a_date(hookbox: Hookbox, tmp_path: Path) -> None:
