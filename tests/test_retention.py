@@ -153,12 +153,7 @@ def test_more_days_than_there_have_been_since_1970_keep_everything(
 
 
 def test_faults_of_a_provider_for_whom_nothing_waits_are_forgotten(
-    service: Running,
-    prune: Callable[[], None],
-    mailbox: Mailbox,
-    post: Post,
-    sql: Sql,
-    drain: Callable[[], None],
+    service: Running, prune: Callable[[], None], mailbox: Mailbox, post: Post, sql: Sql
 ) -> None:
     mailbox.always("DATA", "451 later")
     post(severity="warning")
